@@ -1,0 +1,3 @@
+//! Benchmarks of the operators, layers and models.
+
+fn main() {}

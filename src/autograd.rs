@@ -1,0 +1,344 @@
+//! Custom gradients of any number of tensors, activation recomputation, and a backward pass for deep graphs.
+//!
+//! candle's custom operators take at most three inputs and return one output. [`record`] lifts both limits with small
+//! nodes that carry one meaningless number forward and the real gradients backward:
+//!
+//! ```text
+//! inputs --> Port (3 inputs each) --> Join --> Core --> Emit --> output 0
+//!                                                  \--> Emit --> output 1
+//! ```
+//!
+//! candle visits nodes from the outputs: each `Emit` leaves its output's gradient with the recording, `Core` then runs
+//! the operator's backward once, and each `Port` hands out the gradients of its inputs. What is left is keyed by
+//! thread, so that two threads may go backward through one graph.
+
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, Var,
+    backprop::GradStore,
+};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+/// Gradients in the order of the inputs (or outputs); `None` where there is none.
+pub(crate) type Gradients = Vec<Option<Tensor>>;
+
+type Backward = dyn Fn(&[Option<Tensor>]) -> Result<Gradients> + Send + Sync;
+
+/// Puts an operator into candle's graph.
+///
+/// * `inputs`: every tensor the operator can be differentiated in. `backward` returns as many gradients, each of the
+///   shape and dtype of its input, or `None` for zero.
+/// * `outputs`: the results, already computed. `backward` gets as many gradients, `None` where an output was not used.
+///
+/// With no tracked input the outputs come back as plain tensors and `backward` is dropped.
+pub(crate) fn record(
+    name: &'static str,
+    inputs: &[&Tensor],
+    outputs: Vec<(Storage, Shape)>,
+    backward: impl Fn(&[Option<Tensor>]) -> Result<Gradients> + Send + Sync + 'static,
+) -> Result<Vec<Tensor>> {
+    let tracked: Vec<usize> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
+    if tracked.is_empty() {
+        let plain = candle_core::op::BackpropOp::none;
+        return Ok(outputs
+            .into_iter()
+            .map(|(storage, shape)| Tensor::from_storage(storage, shape, plain(), false))
+            .collect());
+    }
+    let recording = Arc::new(Recording {
+        name,
+        outputs: outputs.len(),
+        backward: Box::new(backward),
+        passes: Mutex::new(HashMap::new()),
+    });
+    let mut tokens = Vec::new();
+    for group in tracked.chunks(3) {
+        let port = Port { recording: recording.clone(), inputs: group.to_vec() };
+        let group: Vec<&Tensor> = group.iter().map(|&i| inputs[i]).collect();
+        tokens.push(apply(&group, port)?);
+    }
+    while tokens.len() > 1 {
+        tokens = tokens
+            .chunks(3)
+            .map(|group| {
+                let join = Port { recording: recording.clone(), inputs: vec![] };
+                apply(&group.iter().collect::<Vec<_>>(), join)
+            })
+            .collect::<Result<_>>()?;
+    }
+    let core = tokens[0].apply_op1(Core(recording.clone()))?;
+    let emit = |(index, (storage, shape))| {
+        let result = Mutex::new(Some((storage, shape)));
+        core.apply_op1(Emit { recording: recording.clone(), index, result })
+    };
+    outputs.into_iter().enumerate().map(emit).collect()
+}
+
+/// The storage of an untracked tensor, for [`record`]: a copy.
+pub(crate) fn storage_of(tensor: &Tensor) -> Result<(Storage, Shape)> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let whole = layout.start_offset() == 0;
+    if whole {
+        return Ok((storage.try_clone(layout)?, tensor.shape().clone()));
+    }
+    drop(storage);
+    storage_of(&tensor.force_contiguous()?)
+}
+
+fn apply(inputs: &[&Tensor], port: Port) -> Result<Tensor> {
+    match inputs {
+        [a] => a.apply_op1(port),
+        [a, b] => a.apply_op2(b, port),
+        [a, b, c] => a.apply_op3(b, c, port),
+        _ => candle_core::bail!("a port takes one to three tensors, got {}", inputs.len()),
+    }
+}
+
+/// What the nodes of one recorded operator share.
+struct Recording {
+    name: &'static str,
+    outputs: usize,
+    backward: Box<Backward>,
+    passes: Mutex<HashMap<ThreadId, Pass>>,
+}
+
+/// One backward pass under way.
+#[derive(Default)]
+struct Pass {
+    outputs: Gradients,
+    inputs: Gradients,
+}
+
+impl Recording {
+    fn passes(&self) -> MutexGuard<'_, HashMap<ThreadId, Pass>> {
+        self.passes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_output_gradient(&self, index: usize, gradient: Tensor) {
+        let mut passes = self.passes();
+        let pass = passes.entry(thread::current().id()).or_default();
+        pass.outputs.resize(self.outputs, None);
+        pass.outputs[index] = Some(gradient);
+    }
+
+    fn run(&self) -> Result<()> {
+        let id = thread::current().id();
+        let mut outputs = self.passes().remove(&id).unwrap_or_default().outputs;
+        outputs.resize(self.outputs, None);
+        let inputs = (self.backward)(&outputs)?;
+
+        self.passes().insert(id, Pass { outputs: vec![], inputs });
+        Ok(())
+    }
+
+    /// The gradient of input `index`, zero if the operator gave none.
+    fn input_gradient(&self, index: usize, input: &Tensor) -> Result<Option<Tensor>> {
+        let id = thread::current().id();
+        let gradient = {
+            let mut passes = self.passes();
+            passes.get_mut(&id).and_then(|pass| pass.inputs.get_mut(index)?.take())
+        };
+        let Some(gradient) = gradient else { return input.zeros_like().map(Some) };
+        if gradient.shape() != input.shape() || gradient.dtype() != input.dtype() {
+            candle_core::bail!(
+                "{}: gradient {index} is {:?} {:?}, its input {:?} {:?}",
+                self.name,
+                gradient.dtype(),
+                gradient.shape(),
+                input.dtype(),
+                input.shape()
+            )
+        }
+        Ok(Some(gradient))
+    }
+}
+
+/// Takes up to three inputs, emits a token; `inputs` are their indices (none: the inputs are tokens themselves).
+struct Port {
+    recording: Arc<Recording>,
+    inputs: Vec<usize>,
+}
+
+impl Port {
+    fn gradient(&self, place: usize, input: &Tensor) -> Result<Option<Tensor>> {
+        match self.inputs.get(place) {
+            Some(&index) => self.recording.input_gradient(index, input),
+            None => input.zeros_like().map(Some),
+        }
+    }
+}
+
+/// The tokens' storage: one number.
+fn cpu_token() -> Result<(CpuStorage, Shape)> {
+    Ok((CpuStorage::F32(vec![0.0]), 1.into()))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_token(like: &candle_core::CudaStorage) -> Result<(candle_core::CudaStorage, Shape)> {
+    use candle_core::{DType, backend::BackendDevice, backend::BackendStorage};
+    let shape = Shape::from(1);
+    Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
+}
+
+/// The three arities of [`Port`] differ in nothing else.
+macro_rules! port {
+    ($op:ident, $($storage:ident $layout:ident $input:ident $place:literal),+ => $gradients:ty) => {
+        impl $op for Port {
+            fn name(&self) -> &'static str {
+                self.recording.name
+            }
+            fn cpu_fwd(
+                &self,
+                $($storage: &CpuStorage, $layout: &Layout),+
+            ) -> Result<(CpuStorage, Shape)> {
+                cpu_token()
+            }
+            #[cfg(feature = "cuda")]
+            fn cuda_fwd(
+                &self,
+                $($storage: &candle_core::CudaStorage, $layout: &Layout),+
+            ) -> Result<(candle_core::CudaStorage, Shape)> {
+                port!(@first $($storage)+)
+            }
+            fn bwd(&self, $($input: &Tensor,)+ _: &Tensor, _: &Tensor) -> Result<$gradients> {
+                Ok(($(self.gradient($place, $input)?),+))
+            }
+        }
+    };
+    (@first $first:ident $($rest:ident)*) => {{
+        $(let _ = $rest;)*
+        cuda_token($first)
+    }};
+}
+
+port!(CustomOp1, _s1 _l1 a 0 => Option<Tensor>);
+port!(CustomOp2, _s1 _l1 a 0, _s2 _l2 b 1 => (Option<Tensor>, Option<Tensor>));
+port!(
+    CustomOp3, _s1 _l1 a 0, _s2 _l2 b 1, _s3 _l3 c 2
+    => (Option<Tensor>, Option<Tensor>, Option<Tensor>)
+);
+
+/// Runs the operator's backward once all its outputs' gradients are in.
+struct Core(Arc<Recording>);
+
+impl CustomOp1 for Core {
+    fn name(&self) -> &'static str {
+        self.0.name
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        cpu_token()
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        cuda_token(storage)
+    }
+    fn bwd(&self, token: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        self.0.run()?;
+        token.zeros_like().map(Some)
+    }
+}
+
+/// Puts one output, computed beforehand, into the graph.
+struct Emit {
+    recording: Arc<Recording>,
+    index: usize,
+    result: Mutex<Option<(Storage, Shape)>>,
+}
+
+impl Emit {
+    fn take(&self) -> Result<(Storage, Shape)> {
+        let result = self.result.lock().unwrap_or_else(PoisonError::into_inner).take();
+        result.ok_or_else(|| candle_core::Error::msg(format!("{}: output taken twice", self.recording.name)))
+    }
+}
+
+impl CustomOp1 for Emit {
+    fn name(&self) -> &'static str {
+        self.recording.name
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            _ => candle_core::bail!("{}: inputs on the CPU, output elsewhere", self.name()),
+        }
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        match self.take()? {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => candle_core::bail!("{}: inputs on CUDA, output elsewhere", self.name()),
+        }
+    }
+    fn bwd(&self, token: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        self.recording.take_output_gradient(self.index, gradient.clone());
+        token.zeros_like().map(Some)
+    }
+}
+
+/// Runs `f` without keeping its activations: the backward pass computes them again.
+///
+/// `parameters` are the variables that `f` reads beside its `inputs`; only these and the inputs get gradients. Memory
+/// between the passes is that of inputs and outputs; the cost is a second forward pass. `f` must be deterministic.
+pub fn checkpoint<F>(inputs: &[&Tensor], parameters: &[&Tensor], f: F) -> Result<Vec<Tensor>>
+where
+    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
+    let detached: Vec<Tensor> = inputs.iter().map(|x| x.detach()).collect();
+    let outputs = f(&detached)?.iter().map(storage_of).collect::<Result<Vec<_>>>()?;
+    let all: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
+    let tracked: Vec<bool> = inputs.iter().map(|x| x.track_op()).collect();
+    let parameters: Vec<Tensor> = parameters.iter().map(|p| (*p).clone()).collect();
+    record("checkpoint", &all, outputs, move |gradients| {
+        let leaves = detached
+            .iter()
+            .zip(&tracked)
+            .map(|(x, &tracked)| if tracked { Ok(Var::from_tensor(x)?.into_inner()) } else { Ok(x.clone()) })
+            .collect::<Result<Vec<_>>>()?;
+        let mut loss: Option<Tensor> = None;
+        for (output, gradient) in f(&leaves)?.iter().zip(gradients) {
+            let Some(gradient) = gradient else { continue };
+            if !output.track_op() {
+                continue;
+            }
+            let term = (output * gradient)?.sum_all()?.to_dtype(candle_core::DType::F32)?;
+            loss = Some(match loss {
+                Some(loss) => (loss + term)?,
+                None => term,
+            });
+        }
+        let Some(loss) = loss else { return Ok(vec![None; leaves.len() + parameters.len()]) };
+        let gradients = loss.backward()?;
+        Ok(leaves.iter().chain(&parameters).map(|x| gradients.get(x).cloned()).collect())
+    })
+}
+
+/// The stack of the thread that goes backward: virtual memory, of which only what is used gets pages.
+const BACKWARD_STACK: usize = 1 << 30;
+
+/// `loss.backward()` for graphs of any depth.
+///
+/// candle walks and drops its graph by recursion, which overflows a common stack after some 5,000 chained operations;
+/// this runs it on a thread with a stack for millions, and drops the graph there too if `loss` is its last owner.
+pub fn backward(loss: Tensor) -> Result<GradStore> {
+    let worker = move || {
+        let gradients = loss.backward();
+        drop(loss);
+        gradients
+    };
+    let thread = thread::Builder::new()
+        .name("backward".into())
+        .stack_size(BACKWARD_STACK)
+        .spawn(worker)
+        .map_err(|e| candle_core::Error::msg(format!("could not start a thread: {e}")))?;
+    thread.join().map_err(|_| candle_core::Error::msg("the backward pass panicked"))?
+}

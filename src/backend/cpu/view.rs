@@ -1,0 +1,80 @@
+//! Read access to the data of CPU tensors, rows strided as the tensor has them, without copies.
+
+use super::simd::Element;
+use candle_core::{CpuStorage, Result, Shape, Storage, StorageRef, Tensor};
+
+/// A tensor held for reading: its storage locked, its last dimension contiguous.
+///
+/// Dimensions before the last may have any stride, so that a slice of a projection is read where it lies.
+pub(crate) struct Held<'a> {
+    storage: StorageRef<'a>,
+    tensor: &'a Tensor,
+}
+
+/// `tensor` itself if its last dimension is contiguous, else a contiguous copy; to be held afterwards.
+pub(crate) fn with_unit_stride(tensor: &Tensor) -> Result<Tensor> {
+    match (tensor.dims().last(), tensor.stride().last()) {
+        (Some(&length), Some(&stride)) if stride != 1 && length > 1 => tensor.contiguous(),
+        _ => Ok(tensor.clone()),
+    }
+}
+
+impl<'a> Held<'a> {
+    /// Locks the storage of a CPU tensor that went through [`with_unit_stride`].
+    pub(crate) fn new(tensor: &'a Tensor) -> Self {
+        Self { storage: tensor.storage_and_layout().0, tensor }
+    }
+
+    /// The data as rows of the last dimension.
+    pub(crate) fn rows<E: Element>(&self) -> Result<Rows<'_, E>> {
+        let Storage::Cpu(storage) = &*self.storage else {
+            candle_core::bail!("expected a tensor on the CPU, got one on {:?}", self.tensor.device())
+        };
+        let data = E::cpu_storage_as_slice(storage)?;
+        let layout = self.tensor.layout();
+        let (dims, strides) = (layout.dims(), layout.stride());
+        let last = dims.len().saturating_sub(1);
+        let used = 1 + dims.iter().zip(strides).map(|(&n, &s)| n.saturating_sub(1) * s).sum::<usize>();
+        let used = if layout.shape().elem_count() == 0 { 0 } else { used };
+        let data = &data[layout.start_offset()..layout.start_offset() + used];
+        Ok(Rows { data, dims: &dims[..last], strides: &strides[..last], width: *dims.last().unwrap_or(&1) })
+    }
+}
+
+/// The rows (last dimension) of a tensor, addressed by the indices of the dimensions before it.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a, E> {
+    data: &'a [E],
+    dims: &'a [usize],
+    strides: &'a [usize],
+    width: usize,
+}
+
+impl<'a, E: Element> Rows<'a, E> {
+    /// The row at `index`, one number for each dimension but the last; panics outside the tensor.
+    #[inline(always)]
+    pub(crate) fn row<const R: usize>(&self, index: [usize; R]) -> &'a [E] {
+        assert_eq!(R, self.dims.len());
+        let mut offset = 0;
+        for ((&i, &n), &stride) in index.iter().zip(self.dims).zip(self.strides) {
+            assert!(i < n);
+            offset += i * stride;
+        }
+        &self.data[offset..offset + self.width]
+    }
+
+    /// The distance between neighbours in dimension `dim` (not the last), in elements.
+    pub(crate) fn stride(&self, dim: usize) -> usize {
+        self.strides[dim]
+    }
+}
+
+/// A new CPU tensor of `data`.
+pub(crate) fn tensor<E: Element>(data: Vec<E>, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cpu(storage(data)), shape, candle_core::op::BackpropOp::none(), false)
+}
+
+/// `data` as candle holds it.
+pub(crate) fn storage<E: Element>(data: Vec<E>) -> CpuStorage {
+    E::to_cpu_storage_owned(data)
+}

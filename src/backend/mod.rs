@@ -1,0 +1,3 @@
+//! What the operators stand on, per kind of device: [`cpu`] (SIMD, vectorised functions, strided views).
+
+pub(crate) mod cpu;

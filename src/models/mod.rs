@@ -1,0 +1,1 @@
+//! One language model, built from one configuration.

@@ -1,0 +1,24 @@
+//! The operators: pure, differentiable functions on tensors, the same on every device.
+//!
+//! Each is a folder: `mod.rs` tells the math, shapes and checks, `reference.rs` is the paper's formula in plain tensor
+//! operations (any dtype, any device, differentiable by candle itself), `cpu.rs` the fast path and `grad.rs` its
+//! backward pass. Arguments are structs with named fields; sequences are `[B, L, D]` (batch, length, channels), states
+//! are batch first.
+
+pub mod activation;
+pub mod causal_conv1d;
+pub mod linear;
+pub mod norm;
+pub mod segments;
+pub mod selective_scan;
+
+pub use causal_conv1d::{CausalConv1d, causal_conv1d};
+pub use segments::Segments;
+pub use selective_scan::{SelectiveScan, selective_scan};
+
+use candle_core::DType;
+
+/// The dtype that recurrences, states and reductions of a tensor of `dtype` run in: f64 for f64, else f32.
+pub fn accumulation_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
