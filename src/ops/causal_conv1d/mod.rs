@@ -21,7 +21,7 @@ use candle_core::Tensor;
 pub struct CausalConv1d<'a> {
     /// Input, `[B, L, D]`.
     pub x: &'a Tensor,
-    /// Filters, `[D, K]`, `K >= 1`; the last tap meets the current token.
+    /// Filters, `[D, K]` or (as checkpoints hold them) `[D, 1, K]`, `K >= 1`; the last tap meets the current token.
     pub weight: &'a Tensor,
     /// `[D]`
     pub bias: Option<&'a Tensor>,
@@ -54,8 +54,14 @@ impl CausalConv1d<'_> {
         };
         let Ok((b, l, d)) = self.x.dims3() else { return Err(shape("x", "[B, L, D]".into(), self.x)) };
         let k = match self.weight.dims() {
-            &[rows, k] if rows == d && k > 0 => k,
-            _ => return Err(shape("weight", format!("[D, K] = [{d}, K >= 1]"), self.weight)),
+            &[rows, k] | &[rows, 1, k] if rows == d && k > 0 => k,
+            _ => {
+                return Err(shape(
+                    "weight",
+                    format!("[D, K] or [D, 1, K], [D, K] = [{d}, K >= 1]"),
+                    self.weight,
+                ));
+            }
         };
         if let Some(bias) = self.bias.filter(|bias| bias.dims() != [d]) {
             return Err(shape("bias", format!("[D] = [{d}]"), bias));

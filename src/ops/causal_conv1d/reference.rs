@@ -10,7 +10,7 @@ pub fn causal_conv1d_reference(args: &CausalConv1d) -> Result<(Tensor, Tensor)> 
     let (b, l, d, k) = args.check()?;
     let dtype = accumulation_dtype(args.x.dtype());
     let x = args.x.to_dtype(dtype)?;
-    let weight = args.weight.to_dtype(dtype)?;
+    let weight = args.weight.to_dtype(dtype)?.reshape((d, k))?;
     let zeros = |shape: &[usize]| Tensor::zeros(shape, dtype, x.device());
     let segments = Segments::or_whole(args.segments, b, l);
     let (mut ys, mut states) = (vec![], vec![]);
