@@ -1,4 +1,4 @@
-//! Custom gradients of any number of tensors, activation recomputation, and a backward pass for deep graphs.
+//! Operators with any number of inputs and outputs in candle's graph.
 //!
 //! candle's custom operators take at most three inputs and return one output. [`record`] lifts both limits with small
 //! nodes that carry one meaningless number forward and the real gradients backward:
@@ -12,10 +12,7 @@
 //! the operator's backward once, and each `Port` hands out the gradients of its inputs. What is left is keyed by
 //! thread, so that two threads may go backward through one graph.
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, Var,
-    backprop::GradStore,
-};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -48,6 +45,7 @@ pub(crate) fn record(
     }
     let recording = Arc::new(Recording {
         name,
+        tracked: (0..inputs.len()).map(|i| inputs[i].track_op()).collect(),
         outputs: outputs.len(),
         backward: Box::new(backward),
         passes: Mutex::new(HashMap::new()),
@@ -99,6 +97,8 @@ fn apply(inputs: &[&Tensor], port: Port) -> Result<Tensor> {
 /// What the nodes of one recorded operator share.
 struct Recording {
     name: &'static str,
+    /// Which inputs get a gradient.
+    tracked: Vec<bool>,
     outputs: usize,
     backward: Box<Backward>,
     passes: Mutex<HashMap<ThreadId, Pass>>,
@@ -109,6 +109,8 @@ struct Recording {
 struct Pass {
     outputs: Gradients,
     inputs: Gradients,
+    /// How many inputs are still to fetch their gradient; with the last the pass is forgotten.
+    waiting: usize,
 }
 
 impl Recording {
@@ -127,19 +129,34 @@ impl Recording {
         let id = thread::current().id();
         let mut outputs = self.passes().remove(&id).unwrap_or_default().outputs;
         outputs.resize(self.outputs, None);
-        let inputs = (self.backward)(&outputs)?;
-
-        self.passes().insert(id, Pass { outputs: vec![], inputs });
+        let mut inputs = (self.backward)(&outputs)?;
+        if inputs.len() != self.tracked.len() {
+            candle_core::bail!("{}: {} gradients for {} inputs", self.name, inputs.len(), self.tracked.len())
+        }
+        let mut waiting = 0;
+        for (gradient, &tracked) in inputs.iter_mut().zip(&self.tracked) {
+            if tracked {
+                waiting += 1;
+            } else {
+                *gradient = None;
+            }
+        }
+        self.passes().insert(id, Pass { outputs: vec![], inputs, waiting });
         Ok(())
     }
 
     /// The gradient of input `index`, zero if the operator gave none.
     fn input_gradient(&self, index: usize, input: &Tensor) -> Result<Option<Tensor>> {
         let id = thread::current().id();
-        let gradient = {
-            let mut passes = self.passes();
-            passes.get_mut(&id).and_then(|pass| pass.inputs.get_mut(index)?.take())
-        };
+        let mut passes = self.passes();
+        let gradient = passes.get_mut(&id).and_then(|pass| {
+            pass.waiting = pass.waiting.saturating_sub(1);
+            pass.inputs.get_mut(index)?.take()
+        });
+        if passes.get(&id).is_some_and(|pass| pass.waiting == 0) {
+            passes.remove(&id);
+        }
+        drop(passes);
         let Some(gradient) = gradient else { return input.zeros_like().map(Some) };
         if gradient.shape() != input.shape() || gradient.dtype() != input.dtype() {
             candle_core::bail!(
@@ -171,12 +188,12 @@ impl Port {
 }
 
 /// The tokens' storage: one number.
-fn cpu_token() -> Result<(CpuStorage, Shape)> {
+pub(super) fn cpu_token() -> Result<(CpuStorage, Shape)> {
     Ok((CpuStorage::F32(vec![0.0]), 1.into()))
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_token(like: &candle_core::CudaStorage) -> Result<(candle_core::CudaStorage, Shape)> {
+pub(super) fn cuda_token(like: &candle_core::CudaStorage) -> Result<(candle_core::CudaStorage, Shape)> {
     use candle_core::{DType, backend::BackendDevice, backend::BackendStorage};
     let shape = Shape::from(1);
     Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
@@ -285,60 +302,6 @@ impl CustomOp1 for Emit {
     }
 }
 
-/// Runs `f` without keeping its activations: the backward pass computes them again.
-///
-/// `parameters` are the variables that `f` reads beside its `inputs`; only these and the inputs get gradients. Memory
-/// between the passes is that of inputs and outputs; the cost is a second forward pass. `f` must be deterministic.
-pub fn checkpoint<F>(inputs: &[&Tensor], parameters: &[&Tensor], f: F) -> Result<Vec<Tensor>>
-where
-    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
-{
-    let detached: Vec<Tensor> = inputs.iter().map(|x| x.detach()).collect();
-    let outputs = f(&detached)?.iter().map(storage_of).collect::<Result<Vec<_>>>()?;
-    let all: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
-    let tracked: Vec<bool> = inputs.iter().map(|x| x.track_op()).collect();
-    let parameters: Vec<Tensor> = parameters.iter().map(|p| (*p).clone()).collect();
-    record("checkpoint", &all, outputs, move |gradients| {
-        let leaves = detached
-            .iter()
-            .zip(&tracked)
-            .map(|(x, &tracked)| if tracked { Ok(Var::from_tensor(x)?.into_inner()) } else { Ok(x.clone()) })
-            .collect::<Result<Vec<_>>>()?;
-        let mut loss: Option<Tensor> = None;
-        for (output, gradient) in f(&leaves)?.iter().zip(gradients) {
-            let Some(gradient) = gradient else { continue };
-            if !output.track_op() {
-                continue;
-            }
-            let term = (output * gradient)?.sum_all()?.to_dtype(candle_core::DType::F32)?;
-            loss = Some(match loss {
-                Some(loss) => (loss + term)?,
-                None => term,
-            });
-        }
-        let Some(loss) = loss else { return Ok(vec![None; leaves.len() + parameters.len()]) };
-        let gradients = loss.backward()?;
-        Ok(leaves.iter().chain(&parameters).map(|x| gradients.get(x).cloned()).collect())
-    })
-}
-
-/// The stack of the thread that goes backward: virtual memory, of which only what is used gets pages.
-const BACKWARD_STACK: usize = 1 << 30;
-
-/// `loss.backward()` for graphs of any depth.
-///
-/// candle walks and drops its graph by recursion, which overflows a common stack after some 5,000 chained operations;
-/// this runs it on a thread with a stack for millions, and drops the graph there too if `loss` is its last owner.
-pub fn backward(loss: Tensor) -> Result<GradStore> {
-    let worker = move || {
-        let gradients = loss.backward();
-        drop(loss);
-        gradients
-    };
-    let thread = thread::Builder::new()
-        .name("backward".into())
-        .stack_size(BACKWARD_STACK)
-        .spawn(worker)
-        .map_err(|e| candle_core::Error::msg(format!("could not start a thread: {e}")))?;
-    thread.join().map_err(|_| candle_core::Error::msg("the backward pass panicked"))?
-}
+#[cfg(test)]
+#[path = "record_tests.rs"]
+mod tests;
