@@ -1,0 +1,5 @@
+//! The operators of `subquadratic::ops`.
+
+pub mod causal_conv1d;
+pub mod norm;
+pub mod selective_scan;

@@ -1,0 +1,121 @@
+//! What every benchmark needs: shapes, random tensors, and the measuring itself.
+
+use candle_core::{DType, Device, Tensor, Var};
+use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::Duration;
+use subquadratic::Result;
+
+/// One line of shapes.json: a name and sizes by letter.
+#[derive(Clone, Deserialize)]
+pub struct Shape {
+    /// Its name in the ids.
+    pub name: String,
+    #[serde(flatten)]
+    sizes: BTreeMap<String, usize>,
+}
+
+impl Shape {
+    /// The size that goes by `letter`.
+    pub fn size(&self, letter: &str) -> usize {
+        *self.sizes.get(letter).unwrap_or_else(|| panic!("shapes.json: {} has no {letter}", self.name))
+    }
+
+    /// Several sizes.
+    pub fn sizes<const N: usize>(&self, letters: [&str; N]) -> [usize; N] {
+        letters.map(|letter| self.size(letter))
+    }
+}
+
+/// A place to run, with random numbers and the shapes and dtypes that suit it.
+pub struct Bench {
+    /// The GPU of a build with the feature `cuda`, else the CPU.
+    pub device: Device,
+    shapes: BTreeMap<String, Vec<Shape>>,
+    rng: StdRng,
+}
+
+impl Bench {
+    /// On the best device of this build.
+    pub fn new() -> Result<Self> {
+        let shapes = serde_json::from_str(include_str!("shapes.json")).expect("shapes.json is well formed");
+        Ok(Self { device: Device::cuda_if_available(0)?, shapes, rng: StdRng::seed_from_u64(0) })
+    }
+
+    /// The shapes of an operator: those named `cpu-...` on the CPU, all of them elsewhere.
+    pub fn shapes(&self, operator: &str) -> Vec<Shape> {
+        let fits = |shape: &&Shape| !self.device.is_cpu() || shape.name.starts_with("cpu-");
+        self.shapes[operator].iter().filter(fits).cloned().collect()
+    }
+
+    /// The dtypes measured.
+    pub fn dtypes(&self) -> &'static [DType] {
+        if self.device.is_cpu() { &[DType::F32, DType::BF16] } else { &[DType::F32, DType::BF16, DType::F16] }
+    }
+
+    /// Uniform in `range`.
+    pub fn uniform(&mut self, dims: &[usize], range: std::ops::Range<f32>, dtype: DType) -> Result<Tensor> {
+        let count = dims.iter().product();
+        let values: Vec<f32> = (0..count).map(|_| self.rng.random_range(range.clone())).collect();
+        Ok(Tensor::from_vec(values, dims, &self.device)?.to_dtype(dtype)?)
+    }
+
+    /// Token ids below `vocabulary`, `[B, L]` of u32.
+    pub fn tokens(&mut self, batch: usize, length: usize, vocabulary: u32) -> Result<Tensor> {
+        let ids: Vec<u32> = (0..batch * length).map(|_| self.rng.random_range(0..vocabulary)).collect();
+        Ok(Tensor::from_vec(ids, (batch, length), &self.device)?)
+    }
+}
+
+/// The dtype as the ids name it.
+pub fn name(dtype: DType) -> &'static str {
+    dtype.as_str()
+}
+
+/// A trainable copy.
+pub fn var(tensor: &Tensor) -> Var {
+    Var::from_tensor(tensor).expect("a variable")
+}
+
+/// A group of benchmarks, short enough that all of them together take minutes.
+pub fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    group
+}
+
+/// Measures `run` until its work on `device` is done.
+pub fn measure<T>(
+    group: &mut BenchmarkGroup<WallTime>,
+    id: String,
+    throughput: Throughput,
+    device: &Device,
+    mut run: impl FnMut() -> Result<T>,
+) {
+    group.throughput(throughput);
+    group.bench_function(id, |bencher| {
+        bencher.iter(|| {
+            let result = black_box(run().expect("a benchmark runs"));
+            device.synchronize().expect("the device synchronises");
+            result
+        });
+    });
+}
+
+/// Measures `<id>/fwd`, `run` on plain tensors, and `<id>/fwd_bwd`, `run` on variables with the gradients of the sum
+/// of its result in all of them.
+pub fn measure_both(
+    group: &mut BenchmarkGroup<WallTime>,
+    id: &str,
+    throughput: Throughput,
+    inputs: &[Tensor],
+    run: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
+    let device = inputs[0].device();
+    measure(group, format!("{id}/fwd"), throughput.clone(), device, || run(inputs));
+    let variables: Vec<Tensor> = inputs.iter().map(|input| var(input).as_tensor().clone()).collect();
+    measure(group, format!("{id}/fwd_bwd"), throughput, device, || Ok(run(&variables)?.backward()?));
+}
