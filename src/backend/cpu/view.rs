@@ -2,6 +2,7 @@
 
 use super::simd::Element;
 use candle_core::{CpuStorage, Result, Shape, Storage, StorageRef, Tensor};
+use std::marker::PhantomData;
 
 /// A tensor held for reading: its storage locked, its last dimension contiguous.
 ///
@@ -66,6 +67,40 @@ impl<'a, E: Element> Rows<'a, E> {
     /// The distance between neighbours in dimension `dim` (not the last), in elements.
     pub(crate) fn stride(&self, dim: usize) -> usize {
         self.strides[dim]
+    }
+}
+
+/// A buffer that several threads fill, each its own part.
+pub(crate) struct Outlet<'a, E> {
+    start: *mut E,
+    length: usize,
+    owner: PhantomData<&'a mut [E]>,
+}
+
+// SAFETY: it is no more than a pointer; whoever writes through it vouches that no two threads write one place.
+unsafe impl<E: Send> Sync for Outlet<'_, E> {}
+
+impl<'a, E> Outlet<'a, E> {
+    /// To overwrite `values`.
+    pub(crate) fn new(values: &'a mut [E]) -> Self {
+        Self { start: values.as_mut_ptr(), length: values.len(), owner: PhantomData }
+    }
+
+    /// To fill a vector of `length` values from scratch; its length is for the caller to set, once all are written.
+    pub(crate) fn fresh(values: &'a mut Vec<E>, length: usize) -> Self {
+        values.clear();
+        values.reserve_exact(length);
+        Self { start: values.as_mut_ptr(), length, owner: PhantomData }
+    }
+
+    /// The place of `count` values from `offset`; panics outside the buffer.
+    ///
+    /// Writing there is sound while no other thread does.
+    #[inline(always)]
+    pub(crate) fn at(&self, offset: usize, count: usize) -> *mut E {
+        assert!(offset <= self.length && count <= self.length - offset);
+        // SAFETY: within the buffer.
+        unsafe { self.start.add(offset) }
     }
 }
 

@@ -8,6 +8,9 @@
 //!
 //! Source: Mamba (Gu & Dao 2023, section 3.4); argument order of `causal_conv1d_fn` in the package causal-conv1d.
 
+mod cpu;
+mod grad;
+mod plan;
 mod reference;
 
 pub use reference::causal_conv1d_reference;
@@ -43,12 +46,25 @@ pub struct CausalConv1d<'a> {
 /// # Errors
 /// Shapes or dtypes that do not fit, naming the argument.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<(Tensor, Tensor)> {
-    args.check()?;
-    causal_conv1d_reference(args)
+    let sizes = args.check()?;
+    if !args.x.device().is_cpu() {
+        return causal_conv1d_reference(args);
+    }
+    grad::recorded(args, sizes)
+}
+
+/// The sizes of one call.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    batch: usize,
+    length: usize,
+    channels: usize,
+    /// `K`
+    taps: usize,
 }
 
 impl CausalConv1d<'_> {
-    fn check(&self) -> Result<(usize, usize, usize, usize)> {
+    fn check(&self) -> Result<Sizes> {
         let shape = |name: &str, expected: String, got: &Tensor| {
             Error::shape(format!("causal_conv1d: {name}"), expected, got.dims())
         };
@@ -72,6 +88,6 @@ impl CausalConv1d<'_> {
         if let Some(segments) = self.segments {
             segments.check("causal_conv1d", b, l)?;
         }
-        Ok((b, l, d, k))
+        Ok(Sizes { batch: b, length: l, channels: d, taps: k })
     }
 }

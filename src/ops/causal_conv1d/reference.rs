@@ -1,13 +1,13 @@
 //! The formula, token by token.
 
-use super::{CausalConv1d, Segments, accumulation_dtype};
+use super::{CausalConv1d, Segments, Sizes, accumulation_dtype};
 use crate::Result;
 use candle_core::{D, Tensor};
 
 /// [`causal_conv1d`](super::causal_conv1d) as the formula reads, in tensor operations: any device, differentiable by
 /// candle, slow.
 pub fn causal_conv1d_reference(args: &CausalConv1d) -> Result<(Tensor, Tensor)> {
-    let (b, l, d, k) = args.check()?;
+    let Sizes { batch: b, length: l, channels: d, taps: k } = args.check()?;
     let dtype = accumulation_dtype(args.x.dtype());
     let x = args.x.to_dtype(dtype)?;
     let weight = args.weight.to_dtype(dtype)?.reshape((d, k))?;
