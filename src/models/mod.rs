@@ -1,1 +1,23 @@
-//! One language model, built from one configuration.
+//! One language model for every checkpoint family, with loading and saving.
+//!
+//! A [`LanguageModel`] is a stack of blocks (norm, mixer, residual sum, and where the family has one norm, MLP, residual
+//! sum), built from one [`ModelConfig`]. [`load`] recognises a directory by its `config.json`; [`formats`] lists the
+//! families. What a sequence leaves behind is a [`ModelState`].
+
+mod block;
+mod config;
+pub mod formats;
+mod forward;
+mod language_model;
+mod load;
+mod save;
+mod state;
+mod weights;
+
+pub use config::{BlockConfig, MixerConfig, MlpConfig, ModelConfig, SpecialTokens};
+pub use formats::Family;
+pub use language_model::LanguageModel;
+pub use load::{load, load_trainable, read_config};
+pub use state::{MixerState, ModelState};
+
+pub use crate::layers::NormConfig;

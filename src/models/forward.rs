@@ -1,0 +1,247 @@
+//! The forward pass: checks, chunks, blocks with or without recomputation, head.
+
+use super::block::{Block, Stream};
+use super::language_model::LanguageModel;
+use super::state::{MixerState, ModelState};
+use crate::autograd::checkpoint;
+use crate::ops::{Segments, accumulation_dtype};
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+use std::sync::Arc;
+
+/// Tokens of a batch that go through the stack together where nothing is tracked: enough for full speed, few enough for
+/// the caches. By the streaming law the cut changes nothing.
+const CHUNK: usize = 512;
+
+/// Which tokens' hidden states are wanted.
+#[derive(Clone, Copy, PartialEq)]
+enum Wanted {
+    All,
+    Last,
+}
+
+impl LanguageModel {
+    /// Logits `[B, L, V]` of `ids` `[B, L]`, each row one sequence from its beginning.
+    ///
+    /// # Errors
+    /// No tokens, an id that is not below `vocab_size`, or another dtype.
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        self.forward_segments(ids, None, None)
+    }
+
+    /// The same for sequences that go on from `state`, which moves behind the last token.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::forward`], or a state of another model or batch; `state` is left as it was.
+    pub fn forward_with_state(&self, ids: &Tensor, state: &mut ModelState) -> Result<Tensor> {
+        self.forward_segments(ids, None, Some(state))
+    }
+
+    /// The general form: rows cut by `segments` into packed sequences and padding, with or without a state to carry on.
+    ///
+    /// Ids at padding may be any in the vocabulary; the logits there mean nothing.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::forward_with_state`], or segments of another batch or length.
+    pub fn forward_segments(
+        &self,
+        ids: &Tensor,
+        segments: Option<&Segments>,
+        state: Option<&mut ModelState>,
+    ) -> Result<Tensor> {
+        self.logits(&self.hidden_states(ids, segments, state)?)
+    }
+
+    /// Logits `[B, V]` of each row's last token, the head computed for these alone; `state` moves behind it.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::forward_segments`], or a row of nothing but padding.
+    pub fn prefill(
+        &self,
+        ids: &Tensor,
+        segments: Option<&Segments>,
+        state: &mut ModelState,
+    ) -> Result<Tensor> {
+        let hidden = self.run(ids, segments, Some(state), Wanted::Last)?;
+        Ok(self.logits(&hidden)?.squeeze(1)?)
+    }
+
+    /// What the head sees, `[B, L, D]`: the residual stream after the final norm.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::forward_segments`].
+    pub fn hidden_states(
+        &self,
+        ids: &Tensor,
+        segments: Option<&Segments>,
+        state: Option<&mut ModelState>,
+    ) -> Result<Tensor> {
+        self.run(ids, segments, state, Wanted::All)
+    }
+
+    fn run(
+        &self,
+        ids: &Tensor,
+        segments: Option<&Segments>,
+        state: Option<&mut ModelState>,
+        wanted: Wanted,
+    ) -> Result<Tensor> {
+        let ids = self.check_ids(ids)?;
+        let (batch, length) = ids.dims2()?;
+        if let Some(segments) = segments {
+            segments.check("model", batch, length)?;
+        }
+        if let Some(state) = state.as_deref() {
+            state.check(self, batch)?;
+        }
+        let last = match wanted {
+            Wanted::All => None,
+            Wanted::Last => Some(last_tokens(segments, batch, length)?),
+        };
+        let mut carried = state.as_deref().map(|state| state.blocks.clone());
+        let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
+        let chunk = if tracked { length } else { (CHUNK / batch).max(CHUNK / 8) };
+        if chunk < length && carried.is_none() {
+            carried = Some(self.init_state(batch)?.blocks);
+        }
+        let mut pieces = vec![];
+        let mut picked: Vec<Option<Stream>> = vec![None; batch];
+        for start in (0..length).step_by(chunk.max(1)) {
+            let end = length.min(start + chunk);
+            let part = segments.map(|segments| segments.narrow(start..end));
+            let stream = self.embed(&ids.narrow(1, start, end - start)?)?;
+            let stream = self.through_blocks(stream, part.as_ref(), carried.as_mut())?;
+            let Some(last) = &last else {
+                pieces.push(stream.norm(&self.final_norm, self.dtype)?.1);
+                continue;
+            };
+            for (row, &token) in last.iter().enumerate().filter(|(_, token)| (start..end).contains(token)) {
+                picked[row] = Some(stream.token(row, token - start)?);
+            }
+        }
+        if last.is_some() {
+            let picked: Vec<Stream> = picked.into_iter().flatten().collect();
+            pieces.push(Stream::cat(&picked)?.norm(&self.final_norm, self.dtype)?.1);
+        }
+        if let (Some(state), Some(blocks)) = (state, carried) {
+            state.blocks = blocks;
+            state.advance(segments, length);
+        }
+        match <[Tensor; 1]>::try_from(pieces) {
+            Ok([piece]) => Ok(piece),
+            Err(pieces) => Ok(Tensor::cat(&pieces, 1)?),
+        }
+    }
+
+    fn through_blocks(
+        &self,
+        mut stream: Stream,
+        segments: Option<&Segments>,
+        mut states: Option<&mut Vec<MixerState>>,
+    ) -> Result<Stream> {
+        for (i, block) in self.blocks.iter().enumerate() {
+            let state = states.as_deref_mut().and_then(|states| states.get_mut(i));
+            stream = if self.recompute && !self.variables().is_empty() {
+                self.recomputed(block, &self.block_variables[i], stream, segments, state)?
+            } else {
+                block.forward(stream, self.dtype, segments, state)?
+            };
+        }
+        Ok(stream)
+    }
+
+    /// A block whose activations are computed again on the way back.
+    fn recomputed(
+        &self,
+        block: &Arc<Block>,
+        variables: &[Tensor],
+        stream: Stream,
+        segments: Option<&Segments>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Stream> {
+        let mut inputs = vec![stream.sum.clone()];
+        inputs.extend(stream.update.clone());
+        let streams = inputs.len();
+        if let Some(state) = state.as_deref() {
+            inputs.extend(state.tensors().into_iter().map(|(_, tensor)| tensor.clone()));
+        }
+        let (block, segments, dtype) = (block.clone(), segments.cloned(), self.dtype);
+        let template = state.as_deref().map(|state| state.detach());
+        let forward = move |inputs: &[Tensor]| {
+            let update = if streams > 1 { inputs.get(1).cloned() } else { None };
+            let stream = Stream { sum: inputs[0].clone(), update };
+            let mut state = template.clone();
+            if let Some(state) = &mut state {
+                state.replace(&inputs[streams..]);
+            }
+            let stream = block.forward(stream, dtype, segments.as_ref(), state.as_mut())?;
+            let mut outputs = vec![stream.sum];
+            outputs.extend(stream.update);
+            outputs.extend(state.iter().flat_map(MixerState::tensors).map(|(_, tensor)| tensor.clone()));
+            Ok(outputs)
+        };
+        let inputs: Vec<&Tensor> = inputs.iter().collect();
+        let variables: Vec<&Tensor> = variables.iter().collect();
+        let mut outputs = checkpoint(&inputs, &variables, forward)?.into_iter();
+        let (sum, update) = (outputs.next(), outputs.next());
+        if let Some(state) = state {
+            state.replace(outputs.as_slice());
+        }
+        let sum = sum.ok_or_else(|| Error::value("checkpoint", "an output for the stream", "none"))?;
+        Ok(Stream { sum, update })
+    }
+
+    /// The ids as u32, each below the vocabulary's size.
+    fn check_ids(&self, ids: &Tensor) -> Result<Tensor> {
+        let (batch, length) = match *ids.dims() {
+            [batch, length] if batch > 0 && length > 0 => (batch, length),
+            _ => return Err(Error::shape("ids", "[B, L] with B >= 1 rows of L >= 1 tokens", ids.dims())),
+        };
+        if !matches!(ids.dtype(), DType::U32 | DType::U8 | DType::I64) {
+            return Err(Error::dtype("ids", "u32, u8 or i64", ids.dtype()));
+        }
+        let values = ids.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
+        let size = self.config.vocab_size;
+        if let Some(i) = values.iter().position(|&id| id < 0 || id as usize >= size) {
+            let name = format!("ids: row {}, position {}", i / length, i % length);
+            return Err(Error::value(name, format!("a token below vocab_size = {size}"), values[i]));
+        }
+        let ids: Vec<u32> = values.into_iter().map(|id| id as u32).collect();
+        Ok(Tensor::from_vec(ids, (batch, length), &self.device)?)
+    }
+}
+
+/// Where each row's last token is.
+fn last_tokens(segments: Option<&Segments>, batch: usize, length: usize) -> Result<Vec<usize>> {
+    let Some(segments) = segments else { return Ok(vec![length - 1; batch]) };
+    let last = |row| match segments.row(row).last() {
+        Some(run) if run.tokens.end > 0 => Ok(run.tokens.end - 1),
+        _ => Err(Error::value(format!("prefill: row {row}"), "at least one token", "nothing but padding")),
+    };
+    (0..batch).map(last).collect()
+}
+
+fn is_tracked(state: &MixerState) -> bool {
+    state.tensors().iter().any(|(_, tensor)| tensor.track_op())
+}
+
+impl ModelState {
+    /// Checks that this is a state of `batch` rows of `model`.
+    fn check(&self, model: &LanguageModel, batch: usize) -> Result<()> {
+        if self.model != model.kind || self.blocks.len() != model.blocks.len() {
+            let got = format!("{} ({} blocks)", self.model, self.blocks.len());
+            return Err(Error::value("state", format!("one of the model ({})", model.kind), got));
+        }
+        if self.batch() != batch {
+            let got = format!("one of {}", self.batch());
+            return Err(Error::value("state", format!("a batch of {batch}, as the ids have"), got));
+        }
+        let dtype = accumulation_dtype(model.dtype);
+        for (name, tensor) in self.blocks.iter().flat_map(MixerState::tensors) {
+            if tensor.dtype() != dtype {
+                return Err(Error::dtype(format!("state: {name}"), format!("{dtype:?}"), tensor.dtype()));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! From a directory to a model.
+
+use super::config::ModelConfig;
+use super::formats;
+use super::language_model::LanguageModel;
+use super::weights::WeightFiles;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+/// The largest `config.json` that is read.
+const MAX_CONFIG: u64 = 1 << 24;
+
+/// Loads a model for inference from a directory of any supported family; see [`formats`].
+///
+/// The weights are converted to `dtype`, one tensor at a time: loading takes the memory of the weights once. Decays stay
+/// f32 or wider.
+///
+/// # Errors
+/// A missing, damaged or unsupported file, naming it and the key; all tensors that are missing, unexpected, or of the
+/// wrong shape or dtype, at once.
+pub fn load(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<LanguageModel> {
+    load_with(dir.as_ref(), dtype, device, Ok)
+}
+
+/// The same for training: the parameters are variables.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_trainable(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<LanguageModel> {
+    load_with(dir.as_ref(), dtype, device, |tensor| Ok(Var::from_tensor(&tensor)?.into_inner()))
+}
+
+/// Reads the config of a directory alone.
+///
+/// # Errors
+/// A missing, damaged or unsupported `config.json`, naming the key.
+pub fn read_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
+    let path = dir.as_ref().join("config.json");
+    let size = fs::metadata(&path).map_err(Error::io(&path))?.len();
+    if size > MAX_CONFIG {
+        return Err(Error::File { path, reason: format!("expected a config, got {size} bytes") });
+    }
+    let text = fs::read(&path).map_err(Error::io(&path))?;
+    let value: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|e| Error::File { path: path.clone(), reason: format!("not JSON: {e}") })?;
+    formats::read(&path, value)
+}
+
+fn load_with(
+    dir: &Path,
+    dtype: DType,
+    device: &Device,
+    finish: impl Fn(Tensor) -> Result<Tensor>,
+) -> Result<LanguageModel> {
+    let config = read_config(dir)?;
+    let files = WeightFiles::open(dir)?;
+    let names = match_names(&config, &files)?;
+    let mut tensors = HashMap::new();
+    for parameter in config.parameters() {
+        let stored = names.get(&parameter.name).unwrap_or(&parameter.name);
+        let tensor = files.read(stored, parameter.dtype(dtype), device)?;
+        tensors.insert(parameter.name, finish(tensor)?);
+    }
+    LanguageModel::from_tensors(&config, tensors, dtype, device)
+}
+
+/// The file's name of each parameter, or all that does not fit.
+fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<String, String>> {
+    let mut names = HashMap::new();
+    for name in files.entries.keys() {
+        names.insert(config.family.own_name(name), name.clone());
+    }
+    let parameters = config.parameters();
+    let (mut missing, mut wrong) = (vec![], vec![]);
+    for parameter in &parameters {
+        let upstream = config.family.upstream_name(&parameter.name);
+        let Some(entry) = names.get(&parameter.name).and_then(|name| files.entries.get(name)) else {
+            missing.push(upstream);
+            continue;
+        };
+        if entry.shape != parameter.shape {
+            wrong.push(format!("{upstream}: expected shape {:?}, got {:?}", parameter.shape, entry.shape));
+        }
+        match &entry.dtype {
+            Ok(dtype) if dtype.is_float() => {}
+            Ok(dtype) => wrong.push(format!("{upstream}: expected a float dtype, got {dtype:?}")),
+            Err(name) => wrong.push(format!("{upstream}: expected f64, f32, bf16 or f16, got {name}")),
+        }
+    }
+    let known: std::collections::HashSet<_> = parameters.iter().map(|p| p.name.as_str()).collect();
+    let mut unexpected: Vec<String> = vec![];
+    for (own, name) in &names {
+        if known.contains(own.as_str()) || (config.tie_embeddings && own == "lm_head.weight") {
+            continue;
+        }
+        unexpected.push(name.clone());
+    }
+    if missing.is_empty() && wrong.is_empty() && unexpected.is_empty() {
+        return Ok(names);
+    }
+    unexpected.sort();
+    Err(Error::Tensors { path: files.path.clone(), missing, unexpected, wrong })
+}

@@ -1,0 +1,31 @@
+//! From a model to a directory.
+
+use super::formats;
+use super::language_model::LanguageModel;
+use super::weights::{write, write_file};
+use crate::{Error, Result};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+impl LanguageModel {
+    /// Writes `config.json` with the family's own keys and `model.safetensors`: what [`load`](super::load) reads.
+    ///
+    /// The directory is made if it is not there. Each file is written under a temporary name, synced and renamed, so
+    /// that an interrupted save leaves the file that was there.
+    ///
+    /// # Errors
+    /// A model that the family's config cannot tell of, or a path that cannot be written.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
+        let path = dir.join("config.json");
+        let config = formats::write(&path, &self.config, self.dtype)?;
+        let text = serde_json::to_string_pretty(&config)
+            .map_err(|e| Error::File { path: path.clone(), reason: e.to_string() })?;
+        fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        write(&dir.join("model.safetensors"), self.parameters(), &[("format", "pt")])?;
+        write_file(&path, |file| {
+            file.write_all(text.as_bytes()).and_then(|()| file.write_all(b"\n")).map_err(Error::io(&path))
+        })
+    }
+}

@@ -1,0 +1,132 @@
+//! Reading numbers of one type into a buffer of another.
+
+use super::Entry;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+
+/// Bytes read at a time.
+const BLOCK: usize = 1 << 18;
+
+/// A number in a file.
+trait Stored: Sized {
+    const BYTES: usize;
+    fn read(bytes: &[u8]) -> Self;
+    fn wide(self) -> f64;
+    fn narrow(self) -> f32;
+}
+
+/// A number in a tensor.
+trait Number: WithDType {
+    fn from_stored<S: Stored>(stored: S) -> Self;
+}
+
+macro_rules! stored {
+    ($ty:ty, $bytes:literal, $wide:expr, $narrow:expr) => {
+        impl Stored for $ty {
+            const BYTES: usize = $bytes;
+            #[inline(always)]
+            fn read(bytes: &[u8]) -> Self {
+                let mut own = [0; $bytes];
+                own.copy_from_slice(&bytes[..$bytes]);
+                <$ty>::from_le_bytes(own)
+            }
+            #[inline(always)]
+            fn wide(self) -> f64 {
+                ($wide)(self)
+            }
+            #[inline(always)]
+            fn narrow(self) -> f32 {
+                ($narrow)(self)
+            }
+        }
+    };
+}
+
+stored!(f64, 8, |x| x, |x| x as f32);
+stored!(f32, 4, f64::from, |x| x);
+stored!(bf16, 2, bf16::to_f64, bf16::to_f32);
+stored!(f16, 2, f16::to_f64, f16::to_f32);
+
+impl Number for f64 {
+    fn from_stored<S: Stored>(stored: S) -> Self {
+        stored.wide()
+    }
+}
+
+impl Number for f32 {
+    fn from_stored<S: Stored>(stored: S) -> Self {
+        stored.narrow()
+    }
+}
+
+impl Number for bf16 {
+    fn from_stored<S: Stored>(stored: S) -> Self {
+        if S::BYTES == 8 { Self::from_f64(stored.wide()) } else { Self::from_f32(stored.narrow()) }
+    }
+}
+
+impl Number for f16 {
+    fn from_stored<S: Stored>(stored: S) -> Self {
+        if S::BYTES == 8 { Self::from_f64(stored.wide()) } else { Self::from_f32(stored.narrow()) }
+    }
+}
+
+/// Reads a tensor as `dtype`; the memory it takes is the result's and one block.
+pub(super) fn read_tensor(entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
+    let stored = entry.dtype.clone().map_err(|name| unreadable(entry, &name))?;
+    let read = match dtype {
+        DType::F64 => read_as::<f64>,
+        DType::F32 => read_as::<f32>,
+        DType::BF16 => read_as::<bf16>,
+        DType::F16 => read_as::<f16>,
+        DType::I64 if stored == DType::I64 => read_integers,
+        _ => return Err(unreadable(entry, &format!("{stored:?} as {dtype:?}"))),
+    };
+    read(entry, stored, device)
+}
+
+fn read_as<T: Number>(entry: &Entry, stored: DType, device: &Device) -> Result<Tensor> {
+    let values = match stored {
+        DType::F64 => numbers(entry, |b| T::from_stored(f64::read(b)), f64::BYTES),
+        DType::F32 => numbers(entry, |b| T::from_stored(f32::read(b)), f32::BYTES),
+        DType::BF16 => numbers(entry, |b| T::from_stored(bf16::read(b)), bf16::BYTES),
+        DType::F16 => numbers(entry, |b| T::from_stored(f16::read(b)), f16::BYTES),
+        other => Err(unreadable(entry, &format!("{other:?}"))),
+    }?;
+    Ok(Tensor::from_vec(values, entry.shape.as_slice(), device)?)
+}
+
+fn read_integers(entry: &Entry, _: DType, device: &Device) -> Result<Tensor> {
+    let integer = |bytes: &[u8]| {
+        let mut own = [0; 8];
+        own.copy_from_slice(&bytes[..8]);
+        i64::from_le_bytes(own)
+    };
+    let values = numbers(entry, integer, 8)?;
+    Ok(Tensor::from_vec(values, entry.shape.as_slice(), device)?)
+}
+
+#[inline(always)]
+fn numbers<T>(entry: &Entry, convert: impl Fn(&[u8]) -> T, bytes: usize) -> Result<Vec<T>> {
+    let count: usize = entry.shape.iter().product();
+    let mut file = File::open(&entry.path).map_err(Error::io(&entry.path))?;
+    file.seek(SeekFrom::Start(entry.offset)).map_err(Error::io(&entry.path))?;
+    let mut values = Vec::with_capacity(count);
+    let mut block = vec![0; BLOCK.min(count * bytes)];
+    while values.len() < count {
+        let part = &mut block[..((count - values.len()) * bytes).min(BLOCK)];
+        file.read_exact(part).map_err(Error::io(&entry.path))?;
+        values.extend(part.chunks_exact(bytes).map(&convert));
+    }
+    Ok(values)
+}
+
+fn unreadable(entry: &Entry, name: &str) -> Error {
+    Error::File {
+        path: entry.path.clone(),
+        reason: format!("expected f64, f32, bf16 or f16 weights, got {name}"),
+    }
+}
