@@ -64,6 +64,11 @@ impl<'a, E: Element> Rows<'a, E> {
         &self.data[offset..offset + self.width]
     }
 
+    /// The length of a row.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
     /// The distance between neighbours in dimension `dim` (not the last), in elements.
     pub(crate) fn stride(&self, dim: usize) -> usize {
         self.strides[dim]

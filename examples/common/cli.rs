@@ -1,0 +1,71 @@
+//! What every program begins and ends with: arguments, device and dtype, one line and exit status 1 on an error.
+
+use candle_core::{DType, Device};
+use clap::{Args, Parser, ValueEnum};
+use std::error::Error;
+use std::process::ExitCode;
+
+/// `Result` of a program.
+pub type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Parses the command line and runs `program`; whatever goes wrong is one line on standard error and exit status 1.
+pub fn run<A: Parser>(program: impl FnOnce(A) -> Outcome<()>) -> ExitCode {
+    let outcome = match A::try_parse() {
+        Ok(arguments) => program(arguments).map_err(|error| error.to_string()),
+        Err(error) if error.use_stderr() => {
+            let text = error.to_string();
+            let reason = text.split("\n\n").next().unwrap_or_default();
+            Err(reason.trim_start_matches("error: ").to_string() + " (--help lists the arguments)")
+        }
+        Err(help) => help.print().map_err(|error| error.to_string()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("error: {}", reason.split_whitespace().collect::<Vec<_>>().join(" "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Where to compute, and in what.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Place {
+    /// The device
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceName,
+    /// The dtype of the weights: f32, f64, bf16 or f16
+    #[arg(long, default_value = "f32", value_parser = parse_dtype)]
+    pub dtype: DType,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum DeviceName {
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+impl Place {
+    /// The device, opened.
+    pub fn device(&self) -> Outcome<Device> {
+        let (name, opened) = match self.device {
+            DeviceName::Cpu => return Ok(Device::Cpu),
+            DeviceName::Cuda => ("cuda", Device::new_cuda(0)),
+            DeviceName::Metal => ("metal", Device::new_metal(0)),
+        };
+        opened.map_err(|error| {
+            format!("--device {name}: {error} (is the program built with `--features {name}`?)").into()
+        })
+    }
+}
+
+fn parse_dtype(name: &str) -> Result<DType, String> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "f64" => Ok(DType::F64),
+        "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
+        _ => Err("expected f32, f64, bf16 or f16".into()),
+    }
+}

@@ -1,0 +1,101 @@
+//! Text from a model, streamed to standard output.
+
+use super::cli::{Outcome, Place};
+use super::tokenizer::Tokenizer;
+use clap::Args;
+use std::io::Write;
+use std::path::Path;
+use subquadratic::generate::{Generation, GenerationConfig};
+use subquadratic::models::{LanguageModel, load};
+use subquadratic::train::latest_checkpoint;
+
+/// How to draw tokens.
+#[derive(Args, Clone, Debug)]
+pub struct Sampling {
+    /// The most tokens to generate
+    #[arg(long, default_value_t = 400, help_heading = "Generation")]
+    max_tokens: usize,
+    /// Logits are divided by it; 0 takes the most probable token
+    #[arg(long, default_value_t = 0.8, help_heading = "Generation")]
+    temperature: f64,
+    /// Keep the K most probable tokens
+    #[arg(long, value_name = "K", help_heading = "Generation")]
+    top_k: Option<usize>,
+    /// Keep the most probable tokens that together reach the probability P
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
+    top_p: f64,
+    /// Keep the tokens with at least the share P of the largest probability
+    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
+    min_p: f64,
+    /// Divides the logits of tokens that came before (where positive; else multiplies)
+    #[arg(long, value_name = "R", default_value_t = 1.0, help_heading = "Generation")]
+    repetition_penalty: f64,
+}
+
+impl Sampling {
+    fn config(&self, seed: u64, model: &LanguageModel) -> GenerationConfig {
+        GenerationConfig {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            stop_tokens: model.config().tokens.eos.clone(),
+            seed,
+        }
+    }
+
+    /// Refuses settings outside their range, before any work is done.
+    pub fn check(&self) -> Outcome<()> {
+        let Self { max_tokens, temperature, top_k, top_p, min_p, repetition_penalty } = *self;
+        let config = GenerationConfig {
+            max_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            ..Default::default()
+        };
+        Ok(config.validate()?)
+    }
+}
+
+/// Loads the model in `directory` (or the newest checkpoint there) and continues `prompt`.
+pub fn from_checkpoint(
+    directory: &Path,
+    prompt: &str,
+    seed: u64,
+    sampling: &Sampling,
+    place: Place,
+) -> Outcome<()> {
+    let directory = match latest_checkpoint(directory)? {
+        Some(checkpoint) => checkpoint,
+        None => directory.to_path_buf(),
+    };
+    let model = load(&directory, place.dtype, &place.device()?)?;
+    let tokenizer = Tokenizer::of(&directory, &model)?;
+    stream(&model, &tokenizer, prompt, seed, sampling)
+}
+
+/// Writes `prompt` and what the model makes of it.
+pub fn stream(
+    model: &LanguageModel,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    seed: u64,
+    sampling: &Sampling,
+) -> Outcome<()> {
+    let mut out = std::io::stdout().lock();
+    let mut decode = tokenizer.decoder();
+    let generation = Generation::new(model, &[tokenizer.encode(prompt)?], sampling.config(seed, model))?;
+    write!(out, "{prompt}")?;
+    for step in generation {
+        for token in step? {
+            write!(out, "{}", decode(token.id)?)?;
+        }
+        out.flush()?;
+    }
+    Ok(writeln!(out)?)
+}
