@@ -12,6 +12,7 @@
 //!
 //! `peers.py` measures other implementations beside this one.
 
+mod mamba;
 mod operators;
 mod support;
 
@@ -24,6 +25,9 @@ fn main() -> subquadratic::Result<()> {
     operators::selective_scan::all(&mut criterion, &mut bench)?;
     operators::causal_conv1d::all(&mut criterion, &mut bench)?;
     operators::norm::all(&mut criterion, &mut bench)?;
+    operators::linear::all(&mut criterion, &mut bench)?;
+    mamba::layer(&mut criterion, &mut bench)?;
+    mamba::model(&mut criterion, &mut bench)?;
     criterion.final_summary();
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The operators of `subquadratic::ops`.
 
 pub mod causal_conv1d;
+pub mod linear;
 pub mod norm;
 pub mod selective_scan;

@@ -1,0 +1,188 @@
+"""The PyTorch peers: transformers, mambapy, and a selective scan as a plain loop over time.
+
+usage: torch_peers.py PEER TASK MODEL_DIR SECONDS      (peers.py calls this; the last line printed is JSON)
+       torch_peers.py make MODEL_DIR                   (writes the random model all peers load)
+"""
+
+import json
+import resource
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+VOCABULARY, WIDTH, LAYERS, STATES = 50280, 768, 24, 16
+
+
+def token_ids(count):
+    return [(i * 7919 + 13) % 50257 for i in range(count)]
+
+
+def repeat(run, seconds):
+    """Wall times of `run`: one warm-up, then as many as fit; a run that outlasts the budget counts by itself."""
+    times, start = [], time.perf_counter()
+    while not times or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return times[1:] or times
+
+
+def make(directory):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=STATES,
+                         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = MambaForCausalLM(config)
+    # as published, larger: logits far enough apart that the peers' greedy tokens can be compared
+    with torch.no_grad():
+        model.backbone.embeddings.weight.normal_(0, 0.02)
+    model.save_pretrained(directory)
+
+
+class Transformers:
+    def __init__(self, directory, dtype):
+        from transformers import MambaForCausalLM
+
+        self.model = MambaForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+    def prefill(self, ids):
+        out = self.model(ids, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.cache_params
+
+    def step(self, token, cache):
+        out = self.model(token[:, None], use_cache=True, cache_params=cache, logits_to_keep=1)
+        return out.logits[:, -1], out.cache_params
+
+    @staticmethod
+    def block():
+        from transformers import MambaConfig
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        return MambaMixer(MambaConfig(hidden_size=WIDTH, state_size=STATES), layer_idx=0)
+
+
+class Mambapy:
+    def __init__(self, directory, dtype):
+        from mambapy.lm import LM
+        from mambapy.mamba import MambaConfig
+        from safetensors.torch import load_file
+
+        self.model = LM(MambaConfig(d_model=WIDTH, n_layers=LAYERS, d_state=STATES), VOCABULARY).to(dtype).eval()
+        names = (("backbone.embeddings", "embedding"), ("backbone.norm_f", "norm_f"), ("backbone.", "mamba."))
+        state = {}
+        for name, tensor in load_file(f"{directory}/model.safetensors").items():
+            for theirs, ours in names:
+                if name.startswith(theirs):
+                    name = ours + name[len(theirs):]
+                    break
+            state[name] = tensor
+        state.setdefault("lm_head.weight", state["embedding.weight"])
+        self.model.load_state_dict(state)
+
+    def prefill(self, ids):
+        # its interface has no call that reads a prompt at once and keeps the state
+        hidden = self.model.norm_f(self.model.mamba(self.model.embedding(ids))[:, -1])
+        return self.model.lm_head(hidden), None
+
+    def step(self, token, caches):
+        config = self.model.config
+        if caches is None:
+            caches = [(None, torch.zeros(1, config.d_inner, config.d_conv - 1)) for _ in range(LAYERS)]
+        return self.model.step(token, caches)
+
+    @staticmethod
+    def block():
+        from mambapy.mamba import MambaBlock, MambaConfig
+
+        return MambaBlock(MambaConfig(d_model=WIDTH, n_layers=1, d_state=STATES))
+
+
+def naive_scan(u, delta, a, b, c, d, z, bias):
+    delta = F.softplus(delta + bias)
+    h, y = u.new_zeros(u.shape[0], u.shape[2], a.shape[1]), []
+    for t in range(u.shape[1]):
+        step = delta[:, t, :, None]
+        h = torch.exp(step * a) * h + step * b[:, t, None] * u[:, t, :, None]
+        y.append(torch.einsum("bdn,bn->bd", h, c[:, t]))
+    return (torch.stack(y, 1) + u * d) * F.silu(z)
+
+
+def mambapy_scan(u, delta, a, b, c, d, z, bias):
+    from mambapy.pscan import pscan
+
+    delta = F.softplus(delta + bias)
+    h = pscan(torch.exp(delta[..., None] * a), (delta * u)[..., None] * b[:, :, None])
+    return ((h @ c[..., None]).squeeze(3) + u * d) * F.silu(z)
+
+
+def scan_inputs():
+    (batch, length, channels), states = (1, 2048, 1536), STATES
+    rows = lambda: torch.randn(batch, length, channels)
+    columns = lambda: torch.randn(batch, length, states)
+    a = -0.1 - 0.9 * torch.rand(channels, states)
+    return [rows(), 0.5 * torch.rand(batch, length, channels), a, columns(), columns(),
+            torch.rand(channels), rows(), -1 - 3 * torch.rand(channels)]
+
+
+def differentiated(run, inputs):
+    """Forward alone on plain tensors, and forward with the gradients of everything."""
+    def backward():
+        for tensor in inputs:
+            tensor.grad = None
+        run(*inputs).sum().backward()
+
+    return backward
+
+
+def measure(peer, task, directory, seconds):
+    kind, _, detail = task.partition("-")
+    if kind == "scan":
+        run, inputs = {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
+        if detail == "fwd":
+            with torch.no_grad():
+                return {"seconds": repeat(lambda: run(*inputs), seconds)}
+        for tensor in inputs:
+            tensor.requires_grad_()
+        return {"seconds": repeat(differentiated(run, inputs), seconds)}
+
+    peers = {"transformers": Transformers, "mambapy": Mambapy}
+    if kind == "block":
+        block, x = peers[peer].block(), torch.randn(2, 512, WIDTH)
+        if detail == "fwd":
+            with torch.no_grad():
+                return {"seconds": repeat(lambda: block(x), seconds)}
+        x.requires_grad_()
+        inputs = [x, *block.parameters()]
+        return {"seconds": repeat(differentiated(lambda *_: block(x), inputs), seconds)}
+
+    with torch.inference_mode():
+        dtype = torch.bfloat16 if detail == "bf16" else torch.float32
+        model = peers[peer](directory, dtype)
+        if kind == "prefill":
+            ids = torch.tensor([token_ids(int(detail))])
+            result = model.prefill(ids)[0].argmax().item()
+            return {"seconds": repeat(lambda: model.prefill(ids), seconds), "tokens": int(detail), "token": result}
+        state = None
+        if peer == "transformers":
+            logits, state = model.prefill(torch.tensor([token_ids(16)]))
+        else:
+            for token in token_ids(16):
+                logits, state = model.step(torch.tensor([token]), state)
+        carried = [logits, state]
+
+        def step():
+            carried[:] = model.step(carried[0].argmax(-1), carried[1])
+
+        return {"seconds": repeat(step, seconds), "tokens": 1}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(sys.argv[2])
+    else:
+        result = measure(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))
+        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(result))
