@@ -2,8 +2,8 @@
 
 use super::Parameter;
 use super::parameter::{Reader, fan_in_uniform};
-use super::stand_in::linear;
 use crate::Result;
+use crate::ops::linear;
 use crate::ops::silu_gate;
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;

@@ -11,7 +11,6 @@ mod gated_mlp;
 pub mod mamba;
 mod norm;
 pub(crate) mod parameter;
-pub(crate) mod stand_in;
 
 pub use gated_mlp::{GatedMlp, GatedMlpConfig};
 pub use mamba::{Mamba, MambaConfig, MambaState};

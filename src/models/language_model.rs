@@ -199,7 +199,7 @@ impl LanguageModel {
             size if size == self.head.dim(0)? => self.head.clone(),
             size => self.head.narrow(0, 0, size)?,
         };
-        crate::layers::stand_in::linear(hidden, &head, None)
+        crate::ops::linear(hidden, &head, None)
     }
 
     /// The residual stream at its beginning: the tokens' embeddings, `[B, L, D]`.

@@ -20,7 +20,7 @@ pub use config::{MambaConfig, TimeStepInit, TimeStepScheme};
 pub use state::MambaState;
 
 use super::parameter::Reader;
-use super::stand_in::linear;
+use crate::ops::linear;
 use crate::ops::selective_scan;
 use crate::ops::{CausalConv1d, Segments, SelectiveScan, accumulation_dtype, causal_conv1d, rms_norm};
 use crate::{Error, Result};
