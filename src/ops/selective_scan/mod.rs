@@ -11,11 +11,15 @@
 //!
 //! Source: Mamba (Gu & Dao 2023), equations 2a and 2b with section 3.6; `selective_scan_ref` of the package mamba-ssm.
 
+mod cpu;
+mod grad;
+mod plan;
 mod reference;
 
 pub use reference::selective_scan_reference;
 
 use super::{Segments, accumulation_dtype};
+use crate::backend::cpu::simd::Isa;
 use crate::{Error, Result};
 use candle_core::Tensor;
 
@@ -55,8 +59,36 @@ pub struct SelectiveScan<'a> {
 /// # Errors
 /// Shapes or dtypes that do not fit, naming the argument.
 pub fn selective_scan(args: &SelectiveScan) -> Result<(Tensor, Tensor)> {
-    args.check()?;
-    selective_scan_reference(args)
+    let sizes = args.check()?;
+    if !args.u.device().is_cpu() {
+        return selective_scan_reference(args);
+    }
+    // sequences in one dtype, everything else in the arithmetic's
+    let accumulation = accumulation_dtype(args.u.dtype());
+    let sequence = [Some(args.u), Some(args.delta), args.z]
+        .into_iter()
+        .flatten()
+        .all(|x| x.dtype() == args.u.dtype())
+        .then_some(args.u.dtype())
+        .unwrap_or(accumulation);
+    let optional = |x: Option<&Tensor>, dtype| x.map(|x| x.to_dtype(dtype)).transpose();
+    let (d, z) = (optional(args.d, accumulation)?, optional(args.z, sequence)?);
+    let delta_bias = optional(args.delta_bias, accumulation)?;
+    let initial_state = optional(args.initial_state, accumulation)?;
+    let unified = SelectiveScan {
+        u: &args.u.to_dtype(sequence)?,
+        delta: &args.delta.to_dtype(sequence)?,
+        a: &args.a.to_dtype(accumulation)?,
+        b: &args.b.to_dtype(accumulation)?,
+        c: &args.c.to_dtype(accumulation)?,
+        d: d.as_ref(),
+        z: z.as_ref(),
+        delta_bias: delta_bias.as_ref(),
+        initial_state: initial_state.as_ref(),
+        ..*args
+    };
+    let (y, state) = grad::on_cpu(&unified, sizes, Isa::best())?;
+    Ok((y.to_dtype(args.u.dtype())?, state))
 }
 
 /// The sizes of one call.
