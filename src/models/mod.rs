@@ -12,7 +12,7 @@ mod language_model;
 mod load;
 mod save;
 mod state;
-mod weights;
+pub(crate) mod weights;
 
 pub use config::{BlockConfig, MixerConfig, MlpConfig, ModelConfig, SpecialTokens};
 pub use formats::Family;

@@ -1,0 +1,15 @@
+//! Text generation: from a prompt's tokens to the ones that follow.
+//!
+//! [`GenerationConfig`] says what is wanted, [`Sampler`] draws a token from logits, [`Generation`] streams the tokens
+//! of a batch, [`generate`] collects them.
+//!
+//! The model may be a trainable one, but then every step builds a graph for nothing: generate from its
+//! [frozen](crate::models::LanguageModel::frozen) form.
+
+mod config;
+mod sampler;
+mod stream;
+
+pub use config::GenerationConfig;
+pub use sampler::Sampler;
+pub use stream::{Finish, Generation, Token, generate};

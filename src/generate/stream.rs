@@ -1,0 +1,250 @@
+//! Generation, token by token.
+
+use super::{GenerationConfig, Sampler};
+use crate::models::{LanguageModel, ModelState};
+use crate::ops::Segments;
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+
+/// Why a row ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// It drew one of the stop tokens.
+    Stop,
+    /// It has [`GenerationConfig::max_tokens`].
+    Length,
+}
+
+/// One generated token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// The prompt it belongs to.
+    pub row: usize,
+    /// Its id.
+    pub id: u32,
+    /// Set on the row's last token.
+    pub finish: Option<Finish>,
+}
+
+/// A generation under way: an iterator over steps, each giving one token of every row that is still running, in the
+/// order of the rows.
+///
+/// The prompts are read in one call (padded to one length, which no row notices); then every step feeds the tokens just
+/// drawn, one a row. Rows that have ended are taken out of the batch. After an error the iterator ends.
+///
+/// ```
+/// # use candle_core::{DType, Device};
+/// # use subquadratic::generate::{Generation, GenerationConfig};
+/// # use subquadratic::models::{LanguageModel, ModelConfig};
+/// # fn main() -> subquadratic::Result<()> {
+/// let model = LanguageModel::init(&ModelConfig::mamba(16, 1, 256), 0, DType::F32, &Device::Cpu)?.frozen()?;
+/// let config = GenerationConfig { max_tokens: 5, ..Default::default() };
+/// for step in Generation::new(&model, &[b"Once".map(u32::from)], config)? {
+///     for token in step? {
+///         print!("{}", char::from(token.id as u8));
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Generation<'a> {
+    model: &'a LanguageModel,
+    config: GenerationConfig,
+    rows: Vec<Row>,
+    /// The rows still running: row `running[i]` is row `i` of `state` and `logits`.
+    running: Vec<usize>,
+    state: ModelState,
+    /// Of the last token fed, `[rows running, V]`; none once they are drawn from.
+    logits: Option<Tensor>,
+}
+
+#[derive(Debug)]
+struct Row {
+    sampler: Sampler,
+    drawn: usize,
+    last: u32,
+    /// Once it has ended.
+    state: Option<ModelState>,
+}
+
+impl<'a> Generation<'a> {
+    /// Begins after `prompts`, one row each, with fresh states. Reads the prompts.
+    ///
+    /// # Errors
+    /// No prompt or an empty one, an id outside the vocabulary, a setting outside its range.
+    pub fn new(
+        model: &'a LanguageModel,
+        prompts: &[impl AsRef<[u32]>],
+        config: GenerationConfig,
+    ) -> Result<Self> {
+        let state = model.init_state(prompts.len().max(1))?;
+        Self::with_state(model, prompts, state, config)
+    }
+
+    /// Begins after `prompts` that continue `state`, one row each: a prefix read once serves many prompts
+    /// ([`ModelState::select`] makes rows of one, [`ModelState::save`] keeps it). The repetition penalty counts the
+    /// tokens of `prompts` alone.
+    ///
+    /// # Errors
+    /// As [`Generation::new`]; a state of another batch or model.
+    pub fn with_state(
+        model: &'a LanguageModel,
+        prompts: &[impl AsRef<[u32]>],
+        mut state: ModelState,
+        config: GenerationConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let prompts: Vec<&[u32]> = prompts.iter().map(AsRef::as_ref).collect();
+        check(&prompts, &config, model.config().vocab_size)?;
+        if state.batch() != prompts.len() {
+            return Err(Error::value(
+                "generation: rows of the state",
+                format!("{} (one a prompt)", prompts.len()),
+                state.batch(),
+            ));
+        }
+        let row = |(i, prompt): (usize, &&[u32])| {
+            let mut sampler = Sampler::new(&config, i)?;
+            sampler.observe(prompt);
+            Ok(Row { sampler, drawn: 0, last: 0, state: None })
+        };
+        let rows: Vec<Row> = prompts.iter().enumerate().map(row).collect::<Result<_>>()?;
+        let logits = read(model, &prompts, &mut state)?;
+        let running = if config.max_tokens == 0 { vec![] } else { (0..rows.len()).collect() };
+        Ok(Self { model, config, rows, running, state, logits: Some(logits) })
+    }
+
+    /// The state of every row, to go on from: it has seen the prompt and all tokens of the row but the last.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn into_states(self) -> Result<Vec<ModelState>> {
+        let place = |row: usize| self.running.iter().position(|&r| r == row).unwrap_or(row);
+        let state = |(row, own): (usize, Row)| match own.state {
+            Some(state) => Ok(state),
+            None => self.state.select(&[place(row)]),
+        };
+        self.rows.into_iter().enumerate().map(state).collect()
+    }
+
+    fn step(&mut self) -> Result<Vec<Token>> {
+        let logits = match self.logits.take() {
+            Some(logits) => logits,
+            None => {
+                let last: Vec<u32> = self.running.iter().map(|&row| self.rows[row].last).collect();
+                let ids = Tensor::from_vec(last, (self.running.len(), 1), self.model.device())?;
+                feed(self.model, &ids, None, &mut self.state)?
+            }
+        };
+        let mut logits = logits.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+        let mut tokens = Vec::with_capacity(self.running.len());
+        for (&row, logits) in self.running.iter().zip(&mut logits) {
+            let own = &mut self.rows[row];
+            let id = own.sampler.draw(logits)?;
+            own.last = id;
+            own.drawn += 1;
+            let finish = if self.config.stop_tokens.contains(&id) {
+                Some(Finish::Stop)
+            } else {
+                (own.drawn >= self.config.max_tokens).then_some(Finish::Length)
+            };
+            tokens.push(Token { row, id, finish });
+        }
+        self.retire(&tokens)?;
+        Ok(tokens)
+    }
+
+    /// Takes the rows that have ended out of the batch.
+    fn retire(&mut self, tokens: &[Token]) -> Result<()> {
+        let staying: Vec<usize> = (0..tokens.len()).filter(|&i| tokens[i].finish.is_none()).collect();
+        if staying.len() == tokens.len() {
+            return Ok(());
+        }
+        for (i, token) in tokens.iter().enumerate().filter(|(_, token)| token.finish.is_some()) {
+            self.rows[token.row].state = Some(self.state.select(&[i])?);
+        }
+        if !staying.is_empty() {
+            self.state = self.state.select(&staying)?;
+        }
+        self.running = staying.into_iter().map(|i| tokens[i].row).collect();
+        Ok(())
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Vec<Token>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.running.is_empty() {
+            return None;
+        }
+        let tokens = self.step();
+        if tokens.is_err() {
+            self.running.clear();
+        }
+        Some(tokens)
+    }
+}
+
+/// Generates to the end: of every prompt the tokens that follow it, a stop token included.
+///
+/// # Errors
+/// Those of [`Generation`].
+pub fn generate(
+    model: &LanguageModel,
+    prompts: &[impl AsRef<[u32]>],
+    config: GenerationConfig,
+) -> Result<Vec<Vec<u32>>> {
+    let mut rows = vec![vec![]; prompts.len()];
+    for step in Generation::new(model, prompts, config)? {
+        for token in step? {
+            rows[token.row].push(token.id);
+        }
+    }
+    Ok(rows)
+}
+
+fn check(prompts: &[&[u32]], config: &GenerationConfig, vocabulary: usize) -> Result<()> {
+    if prompts.is_empty() {
+        return Err(Error::value("generation: prompts", "at least one", 0));
+    }
+    if let Some(row) = prompts.iter().position(|prompt| prompt.is_empty()) {
+        return Err(Error::value(format!("generation: prompt {row}"), "at least one token", "none"));
+    }
+    let known = |name: &str, ids: &[u32]| match ids.iter().find(|&&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(id) => {
+            let expected = format!("token ids below the vocabulary of {vocabulary}");
+            Err(Error::value(format!("generation: {name}"), expected, id))
+        }
+    };
+    known("stop_tokens", &config.stop_tokens)?;
+    prompts.iter().enumerate().try_for_each(|(row, prompt)| known(&format!("prompt {row}"), prompt))
+}
+
+/// The prompts as one batch; the logits of each one's last token.
+fn read(model: &LanguageModel, prompts: &[&[u32]], state: &mut ModelState) -> Result<Tensor> {
+    let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len()).collect();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let mut ids = vec![0u32; prompts.len() * longest];
+    for (row, prompt) in ids.chunks_mut(longest).zip(prompts) {
+        row[..prompt.len()].copy_from_slice(prompt);
+    }
+    let ids = Tensor::from_vec(ids, (prompts.len(), longest), model.device())?;
+    let padded = lengths.iter().any(|&length| length != longest);
+    let segments = padded.then(|| Segments::right_padded(&lengths, longest)).transpose()?;
+    feed(model, &ids, segments.as_ref(), state)
+}
+
+/// The model's logits `[B, V]` of each row's last token, without their history.
+fn feed(
+    model: &LanguageModel,
+    ids: &Tensor,
+    segments: Option<&Segments>,
+    state: &mut ModelState,
+) -> Result<Tensor> {
+    let logits = model.prefill(ids, segments, state)?.detach();
+    state.detach();
+    Ok(logits)
+}
