@@ -8,7 +8,7 @@ use subquadratic::Result;
 use subquadratic::layers::{Mamba, MambaConfig};
 use subquadratic::models::{LanguageModel, ModelConfig};
 use subquadratic::ops::{
-    CausalConv1d, Norm, NormKind, Segments, SelectiveScan, add_norm, causal_conv1d, gated_norm, norm,
+    CausalConv1d, Norm, NormKind, Segments, SelectiveScan, add_norm, causal_conv1d, gated_norm, linear, norm,
     selective_scan, silu_gate, softplus,
 };
 
@@ -120,13 +120,20 @@ fn norms_and_activations_are_deterministic() {
 
 #[test]
 fn matrix_products_are_deterministic() {
-    // rows, inputs, outputs: a prompt, a step, narrow inner sizes, ragged ones
-    for [m, k, n] in
-        [[512, 768, 384], [1, 768, 3072], [37, 48, 1536], [300, 1536, 80], [64, 1000, 7], [3, 5, 2]]
-    {
+    // rows, inputs, outputs: a prompt, a few rows, a step, narrow inner sizes, ragged ones
+    let shapes = [
+        [512, 768, 384],
+        [4, 768, 3072],
+        [1, 768, 3072],
+        [37, 48, 1536],
+        [300, 1536, 80],
+        [64, 1000, 7],
+        [3, 5, 2],
+    ];
+    for [m, k, n] in shapes {
         let mut random = Random::new(4);
-        let inputs = [random.normal((m, k)), random.normal((n, k))];
-        check(&format!("product {m} {k} {n}"), &inputs, |x| Ok(vec![x[0].matmul(&x[1].t()?)?]));
+        let inputs = [random.normal((m, k)), random.normal((n, k)), random.normal(n)];
+        check(&format!("product {m} {k} {n}"), &inputs, |x| Ok(vec![linear(&x[0], &x[1], Some(&x[2]))?]));
     }
 }
 
