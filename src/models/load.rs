@@ -6,9 +6,12 @@ use super::language_model::LanguageModel;
 use super::weights::WeightFiles;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
+
+const EMBEDDING: &str = "backbone.embeddings.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// The largest `config.json` that is read.
 const MAX_CONFIG: u64 = 1 << 24;
@@ -73,8 +76,17 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
     for name in files.entries.keys() {
         names.insert(config.family.own_name(name), name.clone());
     }
+    let head = if config.tie_embeddings { names.remove(HEAD) } else { None };
     let parameters = config.parameters();
     let (mut missing, mut wrong) = (vec![], vec![]);
+    // a tied head may be stored too, or alone, but must be the embedding
+    match (head, names.get(EMBEDDING)) {
+        (Some(head), Some(embedding)) if !files.same(&head, embedding)? => {
+            wrong.push(format!("{head}: expected the values of {embedding}, to which the config ties it"));
+        }
+        (Some(head), None) => drop(names.insert(EMBEDDING.into(), head)),
+        _ => {}
+    }
     for parameter in &parameters {
         let upstream = config.family.upstream_name(&parameter.name);
         let Some(entry) = names.get(&parameter.name).and_then(|name| files.entries.get(name)) else {
@@ -85,18 +97,17 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
             wrong.push(format!("{upstream}: expected shape {:?}, got {:?}", parameter.shape, entry.shape));
         }
         match &entry.dtype {
-            Ok(dtype) if dtype.is_float() => {}
+            Ok(DType::F64 | DType::F32 | DType::BF16 | DType::F16) => {}
             Ok(dtype) => wrong.push(format!("{upstream}: expected a float dtype, got {dtype:?}")),
             Err(name) => wrong.push(format!("{upstream}: expected f64, f32, bf16 or f16, got {name}")),
         }
     }
-    let known: std::collections::HashSet<_> = parameters.iter().map(|p| p.name.as_str()).collect();
+    let known: HashSet<_> = parameters.iter().map(|p| p.name.as_str()).collect();
     let mut unexpected: Vec<String> = vec![];
     for (own, name) in &names {
-        if known.contains(own.as_str()) || (config.tie_embeddings && own == "lm_head.weight") {
-            continue;
+        if !known.contains(own.as_str()) {
+            unexpected.push(name.clone());
         }
-        unexpected.push(name.clone());
     }
     if missing.is_empty() && wrong.is_empty() && unexpected.is_empty() {
         return Ok(names);

@@ -19,5 +19,6 @@ pub use formats::Family;
 pub use language_model::LanguageModel;
 pub use load::{load, load_trainable, read_config};
 pub use state::{MixerState, ModelState};
+pub use weights::write as write_safetensors;
 
 pub use crate::layers::NormConfig;

@@ -109,11 +109,37 @@ fn read_integers(entry: &Entry, _: DType, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, entry.shape.as_slice(), device)?)
 }
 
+/// Whether two tensors are of one dtype and shape and equal bit for bit.
+pub(super) fn same_bytes(a: &Entry, b: &Entry) -> Result<bool> {
+    let (Ok(dtype), true) = (&a.dtype, a.dtype == b.dtype && a.shape == b.shape) else { return Ok(false) };
+    if (&a.path, a.offset) == (&b.path, b.offset) {
+        return Ok(true);
+    }
+    let mut left = a.shape.iter().product::<usize>() * dtype.size_in_bytes();
+    let (mut file_a, mut file_b) = (open_at(a)?, open_at(b)?);
+    let (mut block_a, mut block_b) = (vec![0; BLOCK.min(left)], vec![0; BLOCK.min(left)]);
+    while left > 0 {
+        let part = left.min(BLOCK);
+        file_a.read_exact(&mut block_a[..part]).map_err(Error::io(&a.path))?;
+        file_b.read_exact(&mut block_b[..part]).map_err(Error::io(&b.path))?;
+        if block_a[..part] != block_b[..part] {
+            return Ok(false);
+        }
+        left -= part;
+    }
+    Ok(true)
+}
+
+fn open_at(entry: &Entry) -> Result<File> {
+    let mut file = File::open(&entry.path).map_err(Error::io(&entry.path))?;
+    file.seek(SeekFrom::Start(entry.offset)).map_err(Error::io(&entry.path))?;
+    Ok(file)
+}
+
 #[inline(always)]
 fn numbers<T>(entry: &Entry, convert: impl Fn(&[u8]) -> T, bytes: usize) -> Result<Vec<T>> {
     let count: usize = entry.shape.iter().product();
-    let mut file = File::open(&entry.path).map_err(Error::io(&entry.path))?;
-    file.seek(SeekFrom::Start(entry.offset)).map_err(Error::io(&entry.path))?;
+    let mut file = open_at(entry)?;
     let mut values = Vec::with_capacity(count);
     let mut block = vec![0; BLOCK.min(count * bytes)];
     while values.len() < count {

@@ -1,6 +1,6 @@
 //! The weights of a checkpoint directory, whichever way they are stored.
 
-use super::convert::read_tensor;
+use super::convert::{read_tensor, same_bytes};
 use super::{Entry, SafeTensorsFile, pytorch};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -37,6 +37,14 @@ impl WeightFiles {
             path: dir.into(),
             reason: format!("no weights: expected one of {}", names.join(", ")),
         })
+    }
+
+    /// Whether two tensors, both of which are there, hold the same values.
+    pub(crate) fn same(&self, a: &str, b: &str) -> Result<bool> {
+        match (self.entries.get(a), self.entries.get(b)) {
+            (Some(a), Some(b)) => same_bytes(a, b),
+            _ => Ok(false),
+        }
     }
 
     /// Reads a tensor as `dtype`.

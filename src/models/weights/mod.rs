@@ -3,13 +3,16 @@
 
 mod convert;
 mod directory;
+mod pickle;
 mod pytorch;
 mod safetensors;
 mod write;
+mod zip;
 
 pub(crate) use directory::WeightFiles;
 pub(crate) use safetensors::SafeTensorsFile;
-pub(crate) use write::{write, write_file};
+pub use write::write;
+pub(crate) use write::write_file;
 
 use candle_core::DType;
 use std::path::PathBuf;

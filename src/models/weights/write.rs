@@ -35,12 +35,14 @@ pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -
     result
 }
 
-/// Writes a safetensors file, one tensor at a time.
-pub(crate) fn write(
-    path: &Path,
-    tensors: &BTreeMap<String, Tensor>,
-    metadata: &[(&str, &str)],
-) -> Result<()> {
+/// Writes a safetensors file with string metadata, one tensor at a time, from any device.
+///
+/// The file is written under a temporary name beside `path`, synced and renamed, so that a failure leaves what was
+/// there. Tensors of f64, f32, bf16, f16, i64, u32 or u8.
+///
+/// # Errors
+/// A path that cannot be written, or another dtype.
+pub fn write(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &[(&str, &str)]) -> Result<()> {
     let mut header = serde_json::Map::new();
     let metadata = metadata.iter().map(|&(k, v)| (k.to_string(), v.into())).collect();
     header.insert("__metadata__".into(), serde_json::Value::Object(metadata));

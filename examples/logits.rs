@@ -1,0 +1,121 @@
+//! Writes the logits of a checkpoint for rows of token ids:
+//!
+//! ```text
+//! cargo run --release --example logits -- --model DIR --ids ids.json --out out.safetensors
+//! ```
+//!
+//! `ids.json` is a list of rows of equal length, as in `[[1, 2, 3], [4, 5, 6]]`; the result is the tensor `logits`,
+//! f32 `[rows, length, vocabulary]`.
+
+#[path = "common"]
+mod common {
+    pub mod cli;
+}
+
+use candle_core::{DType, Device, Tensor};
+use clap::{Parser, ValueEnum};
+use common::cli::{self, Outcome, Place};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use subquadratic::models::{LanguageModel, ModelState, load, write_safetensors};
+
+/// Writes the logits of a checkpoint for rows of token ids
+#[derive(Parser)]
+struct Arguments {
+    /// The checkpoint's directory
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// A JSON list of rows of token ids, all of one length
+    #[arg(long, value_name = "FILE")]
+    ids: PathBuf,
+    /// The safetensors file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    place: Place,
+    /// How the tokens go through the model: in one call, in chunks, or one by one
+    #[arg(long, value_enum, default_value = "parallel")]
+    mode: Mode,
+    /// Tokens of a chunk, with --mode chunkwise
+    #[arg(long, value_name = "C")]
+    chunk: Option<usize>,
+    /// Only the first P tokens go as --mode says, every later one is a step of its own
+    #[arg(long, value_name = "P")]
+    prefill: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Mode {
+    Parallel,
+    Chunkwise,
+    Recurrent,
+}
+
+/// Tokens of a chunk where none is given.
+const CHUNK: usize = 256;
+
+fn main() -> ExitCode {
+    cli::run(program)
+}
+
+fn program(arguments: Arguments) -> Outcome<()> {
+    let chunk = match (arguments.mode, arguments.chunk) {
+        (_, Some(0)) => return Err("--chunk: expected at least 1, got 0".into()),
+        (Mode::Chunkwise, chunk) => Some(chunk.unwrap_or(CHUNK)),
+        (_, Some(_)) => return Err("--chunk goes with --mode chunkwise".into()),
+        (Mode::Parallel, None) => None,
+        (Mode::Recurrent, None) => Some(1),
+    };
+    let ids = read_ids(&arguments.ids)?;
+    let model = load(&arguments.model, arguments.place.dtype, &arguments.place.device()?)?;
+    let (batch, length) = ids.dims2()?;
+    let prefill = arguments.prefill.unwrap_or(length).min(length);
+
+    // the lengths of the calls: the prefilled part in chunks, then single tokens
+    let piece = |start| chunk.unwrap_or(prefill).min(prefill - start);
+    let mut calls: Vec<usize> = (0..prefill).step_by(chunk.unwrap_or(prefill).max(1)).map(piece).collect();
+    calls.extend(vec![1; length - prefill]);
+    let mut state = model.init_state(batch)?;
+    let mut start = 0;
+    let mut parts = vec![];
+    for tokens in calls {
+        parts.push(call(&model, &ids.narrow(1, start, tokens)?, &mut state)?);
+        start += tokens;
+    }
+    let logits = BTreeMap::from([("logits".to_string(), Tensor::cat(&parts, 1)?)]);
+    write_safetensors(&arguments.out, &logits, &[])?;
+    Ok(())
+}
+
+fn call(model: &LanguageModel, ids: &Tensor, state: &mut ModelState) -> Outcome<Tensor> {
+    let logits = model.forward_with_state(ids, state)?;
+    Ok(logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+}
+
+/// Reads rows of token ids, `[rows, length]`.
+fn read_ids(path: &Path) -> Outcome<Tensor> {
+    let at = |reason: String| format!("{}: {reason}", path.display());
+    let text = std::fs::read(path).map_err(|e| at(e.to_string()))?;
+    let rows: serde_json::Value = serde_json::from_slice(&text).map_err(|e| at(format!("not JSON: {e}")))?;
+    let rows = rows.as_array().ok_or_else(|| at("expected a list of rows of token ids".into()))?;
+    let mut all = vec![];
+    let mut length = None;
+    for (i, row) in rows.iter().enumerate() {
+        let row = row.as_array().ok_or_else(|| at(format!("row {i}: expected a list of token ids")))?;
+        let first = *length.get_or_insert(row.len());
+        if row.len() != first {
+            let reason = format!("row {i}: expected {first} token ids as in row 0, got {}", row.len());
+            return Err(at(reason).into());
+        }
+        for (j, id) in row.iter().enumerate() {
+            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            let wrong = || at(format!("row {i}, position {j}: expected a token id, got {}", row[j]));
+            all.push(id.ok_or_else(wrong)?);
+        }
+    }
+    match length {
+        None | Some(0) => Err(at("expected at least one row of at least one token id".into()).into()),
+        Some(length) => Ok(Tensor::from_vec(all, (rows.len(), length), &Device::Cpu)?),
+    }
+}
