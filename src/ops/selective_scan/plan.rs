@@ -5,7 +5,7 @@ use crate::ops::segments::Run;
 use std::ops::Range;
 
 /// Tokens between two kept states; the backward pass recomputes within as many.
-pub(crate) const CHUNK: usize = 128;
+pub(crate) const CHUNK: usize = 64;
 /// Where batch and channels give fewer pieces of work than this, time is cut too.
 const ENOUGH: usize = 4;
 /// Pieces that time is cut into then.
@@ -108,10 +108,10 @@ mod tests {
 
     #[test]
     fn runs_are_clipped_and_stay_fresh_only_at_their_start() {
-        let runs = [Run { tokens: 3..200, fresh: true }, Run { tokens: 250..300, fresh: false }];
+        let run = |tokens: Range<usize>, fresh| Run { tokens, fresh };
+        let runs = [run(3..CHUNK + 9, true), run(CHUNK + 20..3 * CHUNK, false)];
         let clipped: Vec<_> = runs_in(&runs, 1).collect();
-        let want = [Run { tokens: 128..200, fresh: false }, Run { tokens: 250..256, fresh: false }];
-        assert_eq!(clipped, want);
-        assert!(runs_in(&runs, 0).all(|run| run.fresh && run.tokens == (3..128)));
+        assert_eq!(clipped, [run(CHUNK..CHUNK + 9, false), run(CHUNK + 20..2 * CHUNK, false)]);
+        assert_eq!(runs_in(&runs, 0).collect::<Vec<_>>(), [run(3..CHUNK, true)]);
     }
 }

@@ -36,6 +36,11 @@ impl Simd<f32> for Avx2 {
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
+    fn prefetch<E>(self, p: *const E) {
+        // SAFETY: a prefetch touches no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: the token proves that the CPU has the instruction.
         unsafe { _mm256_add_ps(a, b) }
@@ -157,6 +162,11 @@ impl Simd<f64> for Avx2 {
     unsafe fn store(self, p: *mut f64, v: __m256d) {
         // SAFETY: the token proves the instruction, the caller vouches for the values at p.
         unsafe { _mm256_storeu_pd(p, v) }
+    }
+    #[inline(always)]
+    fn prefetch<E>(self, p: *const E) {
+        // SAFETY: a prefetch touches no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     fn add(self, a: __m256d, b: __m256d) -> __m256d {

@@ -46,6 +46,11 @@ impl Simd<f32> for Avx512 {
         unsafe { _mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as __mmask16, v) }
     }
     #[inline(always)]
+    fn prefetch<E>(self, p: *const E) {
+        // SAFETY: a prefetch touches no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: the token proves that the CPU has the instruction.
         unsafe { _mm512_add_ps(a, b) }
@@ -166,6 +171,11 @@ impl Simd<f64> for Avx512 {
     unsafe fn store_first(self, p: *mut f64, n: usize, v: __m512d) {
         // SAFETY: the token proves the instruction, the caller vouches for the values at p.
         unsafe { _mm512_mask_storeu_pd(p, ((1u32 << n) - 1) as __mmask8, v) }
+    }
+    #[inline(always)]
+    fn prefetch<E>(self, p: *const E) {
+        // SAFETY: a prefetch touches no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     fn add(self, a: __m512d, b: __m512d) -> __m512d {

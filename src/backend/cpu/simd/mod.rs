@@ -59,6 +59,10 @@ pub(crate) trait Simd<T: Real>: Copy + Send + Sync + 'static {
         }
     }
 
+    /// Asks for the cache line at `p`, which need not be valid, where the set can.
+    #[inline(always)]
+    fn prefetch<E>(self, _: *const E) {}
+
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`

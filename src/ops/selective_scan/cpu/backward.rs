@@ -5,7 +5,7 @@
 //! the tiles are added in order.
 
 use super::forward::{Affine, Piece, constant};
-use super::{Lane, Operands, coefficient, from_blocks, to_blocks};
+use super::{AHEAD, Lane, Operands, coefficient, from_blocks, to_blocks};
 use crate::backend::cpu::math::{exp2, sigmoid, silu_grad};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, Rows};
@@ -256,6 +256,7 @@ impl<E: Element> Back<'_, E> {
         let (p, size) = (self.operands, self.operands.block_size());
         for (k, &(t, fresh)) in tokens.iter().enumerate() {
             let at = [self.piece.row, t];
+            p.prefetch(s, at[0], Some(t + AHEAD), lane);
             let x = p.input(s, at, lane);
             let du = s.mul(x.delta, x.u);
             let b = p.token(0, at, lane.block);
@@ -299,6 +300,9 @@ impl<E: Element> Back<'_, E> {
         for (k, &(t, fresh)) in tokens.iter().enumerate().rev() {
             let at = [self.piece.row, t];
             let [b, c] = [p.token(0, at, lane.block), p.token(1, at, lane.block)];
+            if let (Some(dy), Some(t)) = (self.dy, t.checked_sub(AHEAD)) {
+                s.prefetch(dy.row([at[0], t])[lane.block.channels.clone()].as_ptr());
+            }
             let out = p.ungated(s, self.dy, at, lane);
             let (before, after) = tape.states[k * size..(k + 2) * size].split_at(size);
             let before = if fresh { &tape.blank } else { before };

@@ -4,7 +4,7 @@
 //! store of which all but the inputs' stay in the first cache. At 14 operations a state and 16 lanes, one f32 token of
 //! 1536 channels and 16 states is 21,500 instructions, so that arithmetic, not memory, is the floor.
 
-use super::{Coefficient, Lane, Operands, coefficient, from_blocks};
+use super::{AHEAD, Coefficient, Lane, Operands, coefficient, from_blocks};
 use crate::backend::cpu::math::{exp2, silu};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::Outlet;
@@ -200,6 +200,7 @@ fn scan<E: Element, S: Simd<E::Real>>(
     lane: &Lane<E::Real, S>,
     state: &mut [E::Real],
 ) -> S::V {
+    p.prefetch(s, at[0], Some(at[1] + AHEAD), lane);
     let x = p.input(s, at, lane);
     let du = s.mul(x.delta, x.u);
     let (b, c) = (p.token(0, at, lane.block), p.token(1, at, lane.block));

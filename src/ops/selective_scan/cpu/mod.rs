@@ -19,6 +19,9 @@ use crate::backend::cpu::simd::{Element, Isa, Kernel, Real, Simd};
 use crate::backend::cpu::view::{Held, Rows, with_unit_stride};
 use candle_core::Tensor;
 
+/// Tokens between a request for inputs and their use.
+const AHEAD: usize = 8;
+
 /// How many `T` a register of `isa` holds.
 fn lanes_of<T: Real>(isa: Isa) -> usize {
     struct Lanes;
@@ -264,6 +267,16 @@ impl<E: Element> Operands<'_, E> {
         let from = rows.row(at)[lane.block.channels.clone()].as_ptr();
         // SAFETY: the slice holds `width` values, LANES where that many are loaded.
         unsafe { if lane.width == S::LANES { E::load(s, from) } else { E::load_first(s, from, lane.width) } }
+    }
+
+    /// Asks for the inputs of the token [`AHEAD`] of `t` (behind it, going back): rows lie too far apart for the
+    /// hardware to see the stream.
+    #[inline(always)]
+    fn prefetch<S: Simd<E::Real>>(&self, s: S, row: usize, t: Option<usize>, lane: &Lane<E::Real, S>) {
+        let Some(t) = t.filter(|&t| t < self.sizes.length) else { return };
+        for rows in [Some(&self.u), Some(&self.delta), self.z.as_ref()].into_iter().flatten() {
+            s.prefetch(rows.row([row, t])[lane.block.channels.clone()].as_ptr());
+        }
     }
 
     /// Writes the values of a sequence at one token.
