@@ -1,0 +1,80 @@
+//! The operator in candle's graph: with `g = dy`, `dx = g weight`, `dweight = g^T x`, `dbias` the sum of `g` over rows.
+
+use super::matrix::{Held, Matrix, as_matrix};
+use super::{Path, Sizes, few_rows, many_rows, output_shape, path};
+use crate::autograd::{Gradients, record};
+use crate::backend::cpu::simd::{Element, Real};
+use crate::backend::cpu::view::{storage, tensor};
+use crate::{Error, Result};
+use candle_core::{DType, Storage, Tensor};
+use half::{bf16, f16};
+
+/// `linear` on the CPU.
+pub(super) fn recorded(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> Result<Tensor> {
+    let (forward, backward): (Forward, Backward) = match x.dtype() {
+        DType::F32 => (forward::<f32>, backward::<f32>),
+        DType::F64 => (forward::<f64>, backward::<f64>),
+        DType::BF16 => (forward::<bf16>, backward::<bf16>),
+        DType::F16 => (forward::<f16>, backward::<f16>),
+        other => return Err(Error::dtype("linear: x", "f32, f64, bf16 or f16", other)),
+    };
+    let y = forward(x, weight, bias, sizes)?;
+    let mut inputs = vec![x, weight];
+    inputs.extend(bias);
+    let wanted: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
+    let (saved_x, saved_weight) = (x.detach(), weight.detach());
+    let outputs = vec![(y, output_shape(x, sizes.outputs))];
+    let outputs = record("linear", &inputs, outputs, move |gradients| {
+        let Some(Some(dy)) = gradients.first() else { return Ok(vec![None; wanted.len()]) };
+        Ok(backward(dy, &saved_x, &saved_weight, &wanted)?)
+    })?;
+    outputs.into_iter().next().ok_or_else(|| Error::value("linear", "a result", "none"))
+}
+
+type Forward = fn(&Tensor, &Tensor, Option<&Tensor>, Sizes) -> Result<Storage>;
+type Backward = fn(&Tensor, &Tensor, &Tensor, &[bool]) -> Result<Gradients>;
+
+fn forward<E: Element>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> Result<Storage> {
+    let path = path(sizes.rows);
+    let few = path == Path::FewRows;
+    let x = as_matrix(x)?;
+    let weight = if few && weight.stride()[1] != 1 { weight.contiguous()? } else { weight.clone() };
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let (x, weight, bias) = (Held::new(&x), Held::new(&weight), bias.as_ref().map(Held::new));
+    let bias = bias.as_ref().map(Held::matrix::<E>).transpose()?;
+    let bias = bias.map(|bias| bias.row(0));
+    let (x, weight) = (x.matrix::<E>()?, weight.matrix::<E>()?);
+    let y = match path {
+        Path::FewRows => few_rows::product(x, weight, bias, sizes),
+        Path::ManyRows => many_rows::product(x, weight.transposed(), bias),
+    };
+    Ok(Storage::Cpu(storage(y)))
+}
+
+fn backward<E: Element>(dy: &Tensor, x: &Tensor, weight: &Tensor, wanted: &[bool]) -> Result<Gradients> {
+    let dims = x.dims();
+    let (dy, x) = (as_matrix(dy)?, as_matrix(x)?);
+    let held = [Held::new(&dy), Held::new(&x), Held::new(weight)];
+    let (dy, x, w) = (held[0].matrix::<E>()?, held[1].matrix::<E>()?, held[2].matrix::<E>()?);
+    let mut gradients = vec![None; wanted.len()];
+    if wanted[0] {
+        gradients[0] = Some(tensor(many_rows::product(dy, w, None), dims));
+    }
+    if wanted[1] {
+        gradients[1] = Some(tensor(many_rows::product(dy.transposed(), x, None), weight.dims()));
+    }
+    if wanted.get(2) == Some(&true) {
+        let sums = column_sums(dy).into_iter().map(E::narrow).collect::<Vec<_>>();
+        gradients[2] = Some(tensor(sums, dy.dims[1]));
+    }
+    Ok(gradients)
+}
+
+fn column_sums<E: Element>(matrix: Matrix<E>) -> Vec<E::Real> {
+    let [rows, columns] = matrix.dims;
+    let mut sums = vec![E::Real::ZERO; columns];
+    for r in 0..rows {
+        sums.iter_mut().enumerate().for_each(|(i, sum)| *sum += matrix.at(r, i).widen());
+    }
+    sums
+}
