@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use common::{Random, assert_close};
+use common::{Random, assert_close, relative_errors};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use subquadratic::Result;
@@ -43,42 +43,48 @@ fn stepped(model: &LanguageModel, ids: &Tensor, prefill: usize) -> Result<Tensor
     Ok(Tensor::cat(&parts, 1)?)
 }
 
-/// One call, every way to prefill, and the last token's logits, against `want`.
-fn check(dtype: DType, tolerance: f64) {
+/// One call, every way to prefill, and the last token's logits, against those of transformers: the relative error, and
+/// that of the worst element against the largest.
+fn check(dtype: DType, tolerance: f64, worst: f64) {
+    let assert_close = |what: &str, got: &Tensor, want: &Tensor| {
+        assert_eq!(got.dims(), want.dims(), "{what}");
+        let (rms, max) = relative_errors(got, want);
+        assert!(rms <= tolerance && max <= worst, "{what}: relative error {rms:.1e}, at worst {max:.1e}");
+    };
     for name in FIXTURES {
         let expected = expected(name);
         let (ids, want) = (&expected["ids"], &expected["logits"]);
         let length = ids.dim(1).unwrap();
         let model = load(fixture(name), dtype, &Device::Cpu).unwrap();
         let what = format!("{name} in {dtype:?}");
-        assert_close(&what, &model.forward(ids).unwrap(), want, tolerance);
+        assert_close(&what, &model.forward(ids).unwrap(), want);
         for prefill in [0, 1, 2, 7, length - 1, length] {
             let got = stepped(&model, ids, prefill).unwrap();
-            assert_close(&format!("{what}, {prefill} tokens prefilled"), &got, want, tolerance);
-            assert_close(&format!("{what}, its cache"), &got, &expected["decode"], tolerance);
+            assert_close(&format!("{what}, {prefill} tokens prefilled"), &got, want);
+            assert_close(&format!("{what}, its cache"), &got, &expected["decode"]);
         }
         let mut state = model.init_state(ids.dim(0).unwrap()).unwrap();
         let last = model.prefill(ids, None, &mut state).unwrap();
-        assert_close(&what, &last, &want.narrow(1, length - 1, 1).unwrap().squeeze(1).unwrap(), tolerance);
+        assert_close(&what, &last, &want.narrow(1, length - 1, 1).unwrap().squeeze(1).unwrap());
     }
 }
 
 #[test]
 fn logits_in_f64_equal_those_of_transformers() {
-    check(DType::F64, 1e-10);
+    check(DType::F64, 1e-10, 1e-10);
 }
 
 #[test]
 fn logits_in_f32_equal_those_of_transformers() {
-    check(DType::F32, 1e-5);
+    check(DType::F32, 1e-5, 1e-5);
 }
 
 /// Sums, norms and recurrences are f32; what is left are the roundings of weights and of activations between operators,
 /// 8 (bf16) or 11 bits each, through two or three blocks.
 #[test]
 fn logits_in_low_precision_are_near() {
-    check(DType::BF16, 8e-2);
-    check(DType::F16, 1e-2);
+    check(DType::BF16, 5e-2, 0.15);
+    check(DType::F16, 7e-3, 2e-2);
 }
 
 /// transformers in bf16 is no nearer to the exact logits than this crate in bf16.
@@ -86,8 +92,8 @@ fn logits_in_low_precision_are_near() {
 fn bf16_is_as_exact_as_in_transformers() {
     let expected = expected("mamba-bf16");
     let model = load(fixture("mamba-bf16"), DType::BF16, &Device::Cpu).unwrap();
-    let ours = common::relative_errors(&model.forward(&expected["ids"]).unwrap(), &expected["logits"]).0;
-    let theirs = common::relative_errors(&expected["logits32"], &expected["logits"]).0;
+    let ours = relative_errors(&model.forward(&expected["ids"]).unwrap(), &expected["logits"]).0;
+    let theirs = relative_errors(&expected["logits32"], &expected["logits"]).0;
     assert!(ours < 1.2 * theirs, "relative error {ours:.1e}, transformers {theirs:.1e}");
 }
 

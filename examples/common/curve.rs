@@ -47,7 +47,12 @@ impl Curve {
             .x_label_area_size(45)
             .y_label_area_size(60)
             .build_cartesian_2d(0..tokens, bottom..highest)?;
-        chart.configure_mesh().x_desc("bytes trained on").y_desc("bits per byte").draw()?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .x_desc("bytes trained on")
+            .y_desc("bits per byte")
+            .draw()?;
 
         let visible =
             |points: &[(u64, f64)]| points.iter().copied().filter(|p| p.1 <= highest).collect::<Vec<_>>();
@@ -64,7 +69,12 @@ impl Curve {
             .draw_series(LineSeries::new(visible(&self.validation), RED.stroke_width(2)).point_size(3))?
             .label("validation")
             .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], RED.stroke_width(2)));
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(grey).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .background_style(WHITE.mix(0.8))
+            .border_style(grey)
+            .draw()?;
         root.present()?;
         Ok(())
     }

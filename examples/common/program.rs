@@ -19,9 +19,9 @@ use subquadratic::train::{Order, StepReport, TextBatches, Trainer, TrainerConfig
 #[derive(Parser, Debug)]
 pub struct Arguments {
     /// A directory with a checkpoint of any supported family, or a run's folder: generate from it
-    #[arg(long, value_name = "DIR", requires = "prompt")]
+    #[arg(long, value_name = "DIR", requires = "prompt", conflicts_with = "Training")]
     model: Option<PathBuf>,
-    /// The text to continue
+    /// The text to continue [default: "And ", after training]
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
     /// Seed of initialisation and sampling
@@ -48,6 +48,9 @@ pub struct Family {
 /// Runs the program of `family`.
 pub fn run(family: &Family, arguments: &Arguments) -> Outcome<()> {
     arguments.sampling.check()?;
+    if arguments.prompt.as_deref() == Some("") {
+        return Err("--prompt: expected at least one character".into());
+    }
     if let (Some(model), Some(prompt)) = (&arguments.model, &arguments.prompt) {
         return sample::from_checkpoint(model, prompt, arguments.seed, &arguments.sampling, arguments.place);
     }

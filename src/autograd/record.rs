@@ -220,7 +220,8 @@ macro_rules! port {
                 port!(@first $($storage)+)
             }
             fn bwd(&self, $($input: &Tensor,)+ _: &Tensor, _: &Tensor) -> Result<$gradients> {
-                Ok(($(self.gradient($place, $input)?),+))
+                let gradients = ($(self.gradient($place, $input)?),+);
+                Ok(gradients)
             }
         }
     };

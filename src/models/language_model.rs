@@ -167,11 +167,11 @@ impl LanguageModel {
     pub fn check_finite(&self) -> Result<()> {
         let mut bad = vec![];
         for (name, tensor) in &self.parameters {
-            // a NaN or an infinity anywhere makes x - x differ from zero
+            // zero times a NaN or an infinity is a NaN, and so is every sum with it
             let x = tensor.detach();
             let x = if x.dtype() == DType::F64 { x } else { x.to_dtype(DType::F32)? };
-            let sum = (&x - &x)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            if sum != 0.0 {
+            let sum = x.affine(0.0, 0.0)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            if sum.is_nan() {
                 bad.push(name.as_str());
             }
         }

@@ -86,7 +86,7 @@ pub(crate) fn softplus<T: Real, S: Simd<T>>(s: S, x: S::V) -> S::V {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::simd::{Isa, Kernel, MAX_LANES};
+    use crate::backend::cpu::simd::{Isa, Kernel};
 
     /// Applies one function to a slice.
     struct Map<'a, T>(&'static str, &'a [T], &'a mut [T]);
@@ -173,6 +173,5 @@ mod tests {
             assert_eq!((ys[2], ys[3]), (1.0, 0.0));
             assert!(ys[6].is_nan());
         }
-        assert!(MAX_LANES >= 16);
     }
 }

@@ -68,11 +68,6 @@ impl<'a, E: Element> Rows<'a, E> {
     pub(crate) fn width(&self) -> usize {
         self.width
     }
-
-    /// The distance between neighbours in dimension `dim` (not the last), in elements.
-    pub(crate) fn stride(&self, dim: usize) -> usize {
-        self.strides[dim]
-    }
 }
 
 /// A buffer that several threads fill, each its own part.

@@ -18,7 +18,8 @@ pub(crate) struct WeightFiles {
 impl WeightFiles {
     /// Finds the weights of `dir` and reads their headers.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
-        let candidates: [(&str, fn(&Path) -> Result<BTreeMap<String, Entry>>); 4] = [
+        type Open = fn(&Path) -> Result<BTreeMap<String, Entry>>;
+        let candidates: [(&str, Open); 4] = [
             ("model.safetensors", |path| Ok(SafeTensorsFile::open(path)?.entries().clone())),
             ("model.safetensors.index.json", |path| {
                 sharded(path, |p| Ok(SafeTensorsFile::open(p)?.entries().clone()))

@@ -208,7 +208,7 @@ impl Machine<'_> {
 
     fn extend_dict(&mut self, items: &[Id]) -> Step<()> {
         match self.stack.last().and_then(|&id| self.values.get_mut(id)) {
-            Some(Value::Dict(dict)) if items.len() % 2 == 0 => {
+            Some(Value::Dict(dict)) if items.len().is_multiple_of(2) => {
                 dict.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
             }
             _ => return Err("a pickle that sets items of something other than a dict".into()),

@@ -17,10 +17,10 @@ pub(super) fn entries(path: &Path) -> Result<BTreeMap<String, Entry>> {
     let pickle = zip.names().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
     let Some(pickle) = pickle.map(String::from) else { return Err(zip.wrong("no entry data.pkl")) };
     let folder = pickle.trim_end_matches("data.pkl").to_string();
-    if let Some(order) = zip.find(&format!("{folder}byteorder"))? {
-        if zip.read(order.offset, order.size.min(8))? != b"little" {
-            return Err(zip.wrong("numbers that are not little-endian"));
-        }
+    if let Some(order) = zip.find(&format!("{folder}byteorder"))?
+        && zip.read(order.offset, order.size.min(8))? != b"little"
+    {
+        return Err(zip.wrong("numbers that are not little-endian"));
     }
     let Some(place) = zip.find(&pickle)?.filter(|place| place.size <= MAX_PICKLE) else {
         return Err(zip.wrong("data.pkl is too large"));

@@ -25,7 +25,12 @@ impl Sequence {
         for row in 0..batch {
             let first = Self { row, runs: vec![], length: 0, carried: true, last: false };
             let Some(segments) = segments else {
-                sequences.push(Self { runs: vec![0..length], length, last: true, ..first });
+                sequences.push(Self {
+                    runs: std::iter::once(0..length).collect(),
+                    length,
+                    last: true,
+                    ..first
+                });
                 continue;
             };
             let mut current = first;

@@ -170,11 +170,11 @@ fn accumulate<T: Real, S: Simd<T>, const R: usize, const O: usize>(
     x: &[T],
 ) {
     assert_eq!(x.len(), R * S::LANES);
-    for r in 0..R {
+    for (r, sums) in sums.iter_mut().enumerate() {
         // SAFETY: x holds R registers.
         let x = unsafe { s.load(x.as_ptr().add(r * S::LANES)) };
-        for o in 0..O {
-            sums[r][o] = s.fma(w[o], x, sums[r][o]);
+        for (sum, &w) in sums.iter_mut().zip(w) {
+            *sum = s.fma(w, x, *sum);
         }
     }
 }

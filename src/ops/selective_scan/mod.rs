@@ -65,12 +65,9 @@ pub fn selective_scan(args: &SelectiveScan) -> Result<(Tensor, Tensor)> {
     }
     // sequences in one dtype, everything else in the arithmetic's
     let accumulation = accumulation_dtype(args.u.dtype());
-    let sequence = [Some(args.u), Some(args.delta), args.z]
-        .into_iter()
-        .flatten()
-        .all(|x| x.dtype() == args.u.dtype())
-        .then_some(args.u.dtype())
-        .unwrap_or(accumulation);
+    let dtype = args.u.dtype();
+    let alike = [Some(args.delta), args.z].into_iter().flatten().all(|x| x.dtype() == dtype);
+    let sequence = if alike { dtype } else { accumulation };
     let optional = |x: Option<&Tensor>, dtype| x.map(|x| x.to_dtype(dtype)).transpose();
     let (d, z) = (optional(args.d, accumulation)?, optional(args.z, sequence)?);
     let delta_bias = optional(args.delta_bias, accumulation)?;

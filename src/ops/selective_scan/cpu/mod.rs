@@ -128,10 +128,10 @@ impl<'a, E: Element> Operands<'a, E> {
             None => Ok(Coefficient::Constant(to_blocks(&plan, lanes, n, &flat(tensor)?))),
         };
         let vector = |tensor: Option<&Tensor>| -> Result<Option<Vec<E::Real>>> {
-            tensor.map(|tensor| Ok(to_blocks(&plan, lanes, 1, &flat(tensor)?))).transpose()
+            tensor.map(|tensor| flat(tensor).map(|values| to_blocks(&plan, lanes, 1, &values))).transpose()
         };
         let mut a = to_blocks(&plan, lanes, n, &flat::<E::Real>(args.a)?);
-        a.iter_mut().for_each(|a| *a = *a * E::Real::LOG2_E);
+        a.iter_mut().for_each(|a| *a *= E::Real::LOG2_E);
         Ok(Self {
             u: locks.u.rows()?,
             delta: locks.delta.rows()?,
@@ -245,9 +245,12 @@ impl<E: Element> Operands<'_, E> {
             Coefficient::Token(_) => None,
             Coefficient::Constant(values) => Some(values[index * size..][..size].as_ptr()),
         };
-        // SAFETY: the slice holds LANES values.
         let vector = |values: &Option<Vec<E::Real>>| {
-            values.as_ref().map(|v| unsafe { s.load(v[index * S::LANES..][..S::LANES].as_ptr()) })
+            values.as_ref().map(|values| {
+                let values = &values[index * S::LANES..][..S::LANES];
+                // SAFETY: the slice holds LANES values.
+                unsafe { s.load(values.as_ptr()) }
+            })
         };
         let block = &self.plan.blocks[index];
         Lane {
