@@ -337,7 +337,7 @@ fn packed_rows_are_the_rows() {
         let case = Case { state: false, ..Case::full(1, length, channels, 4) };
         let t = case.tensors(seed as u64);
         let lengths = random.split(length, 3, 1);
-        let segments = Segments::packed(&[lengths.clone()], length).unwrap();
+        let segments = Segments::packed(std::slice::from_ref(&lengths), length).unwrap();
         let packed = case.all(&t, Some(&segments));
         let used = case.differentiable();
         let inputs: Vec<Tensor> = used.iter().map(|&i| t[i].clone()).collect();
