@@ -17,6 +17,7 @@ use subquadratic::train::{Order, StepReport, TextBatches, Trainer, TrainerConfig
 
 /// Without `--model`, learns a text from scratch; with it, continues `--prompt`.
 #[derive(Parser, Debug)]
+#[command(allow_negative_numbers = true)]
 pub struct Arguments {
     /// A directory with a checkpoint of any supported family, or a run's folder: generate from it
     #[arg(long, value_name = "DIR", requires = "prompt", conflicts_with = "Training")]

@@ -4,7 +4,7 @@
 //! gradients of `B` and `C` are sums over channels: each tile adds its blocks up lane by lane, sums the lanes once, and
 //! the tiles are added in order.
 
-use super::forward::{Affine, Piece, constant};
+use super::forward::{Piece, constant};
 use super::{AHEAD, Lane, Operands, coefficient, from_blocks, to_blocks};
 use crate::backend::cpu::math::{exp2, sigmoid, silu_grad};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
@@ -126,33 +126,9 @@ impl<E: Element> Operands<'_, E> {
         total
     }
 
-    /// The gradient of the state at the end of every piece. With more than one span, each is first gone through from
-    /// zero.
-    fn ends(&self, pieces: &[Piece], dy: Option<&Rows<E>>, dstate: &[E::Real]) -> Vec<Vec<E::Real>> {
-        let (spans, size) = (self.plan.spans.len(), self.block_size());
-        let last = |piece: &Piece| {
-            let tile = &self.plan.tiles[piece.tile];
-            let start = piece.row * self.row_size();
-            dstate[start + tile.start * size..start + tile.end * size].to_vec()
-        };
-        if spans <= 1 {
-            return pieces.iter().map(last).collect();
-        }
-        let probe = |piece: &Piece| match piece.span {
-            0 => Affine { decay: vec![], end: vec![] },
-            _ => E::Real::dispatch_on(self.isa, BackProbe { operands: self, piece, dy }),
-        };
-        let maps: Vec<Affine<E::Real>> = pieces.par_iter().map(probe).collect();
-        let mut ends: Vec<Vec<E::Real>> = vec![vec![]; pieces.len()];
-        for (i, piece) in pieces.iter().enumerate().rev() {
-            ends[i] = if piece.span + 1 == spans { last(piece) } else { maps[i + 1].apply(&ends[i + 1]) };
-        }
-        ends
-    }
-
     /// The gradient of the output before its gate, at one token.
     #[inline(always)]
-    fn ungated<S: Simd<E::Real>>(
+    pub(super) fn ungated<S: Simd<E::Real>>(
         &self,
         s: S,
         dy: Option<&Rows<E>>,
@@ -172,9 +148,9 @@ impl<E: Element> Operands<'_, E> {
 }
 
 /// The gradient of one token's output, after (`dy`) and before (`g`) its gate, with what the gate's own gradient needs.
-struct Ungated<V> {
+pub(super) struct Ungated<V> {
     dy: V,
-    g: V,
+    pub(super) g: V,
     z: V,
     sigmoid: V,
 }
@@ -391,52 +367,5 @@ impl<E: Element> Back<'_, E> {
                 }
             }
         }
-    }
-}
-
-/// Goes back through a piece from zero, for the [`Affine`] map of its gradient.
-struct BackProbe<'a, E: Element> {
-    operands: &'a Operands<'a, E>,
-    piece: &'a Piece,
-    dy: Option<&'a Rows<'a, E>>,
-}
-
-impl<E: Element> Kernel<E::Real> for BackProbe<'_, E> {
-    type Output = Affine<E::Real>;
-
-    #[inline(always)]
-    fn run<S: Simd<E::Real>>(self, s: S) -> Affine<E::Real> {
-        let (p, row) = (self.operands, self.piece.row);
-        let (size, tile) = (p.block_size(), p.plan.tiles[self.piece.tile].clone());
-        let mut map = Affine {
-            decay: vec![E::Real::ZERO; tile.len() * size],
-            end: vec![E::Real::ZERO; tile.len() * size],
-        };
-        let blocks = map.decay.chunks_exact_mut(size).zip(map.end.chunks_exact_mut(size));
-        for (index, (decay, dh)) in tile.zip(blocks) {
-            let lane = p.lane(s, index);
-            p.total_decay(s, self.piece, &lane, decay);
-            for chunk in p.chunks(self.piece).rev() {
-                for run in runs_in(p.segments.row(row), chunk).rev() {
-                    for t in run.tokens.rev() {
-                        let c = p.token(1, [row, t], lane.block);
-                        let g = p.ungated(s, self.dy, [row, t], &lane).g;
-                        let delta = p.input(s, [row, t], &lane).delta;
-                        for (n, dh) in dh.chunks_exact_mut(S::LANES).enumerate() {
-                            // SAFETY: n < N; the pointers come with N registers or numbers.
-                            unsafe {
-                                let sum = s.fma(g, coefficient(s, lane.c, c, n), s.load(dh.as_ptr()));
-                                let decay = exp2(s, s.mul(delta, s.load(lane.a.add(n * S::LANES))));
-                                s.store(dh.as_mut_ptr(), s.mul(sum, decay));
-                            }
-                        }
-                    }
-                    if run.fresh {
-                        dh.fill(E::Real::ZERO);
-                    }
-                }
-            }
-        }
-        map
     }
 }

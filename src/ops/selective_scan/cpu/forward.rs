@@ -66,84 +66,9 @@ impl<E: Element> Operands<'_, E> {
         Scanned { y, state, kept }
     }
 
-    /// The state at the start of every piece. With more than one span, each span is first scanned from zero.
-    fn starts(&self, pieces: &[Piece]) -> Vec<Vec<E::Real>> {
-        let spans = self.plan.spans.len();
-        let tile = |piece: &Piece| self.initial(piece.row, &self.plan.tiles[piece.tile]);
-        if spans <= 1 {
-            return pieces.iter().map(tile).collect();
-        }
-        let probe = |piece: &Piece| match piece.span + 1 < spans {
-            true => E::Real::dispatch_on(self.isa, Probe { operands: self, piece }),
-            false => Affine { decay: vec![], end: vec![] },
-        };
-        let maps: Vec<Affine<E::Real>> = pieces.par_iter().map(probe).collect();
-        let mut starts: Vec<Vec<E::Real>> = Vec::with_capacity(pieces.len());
-        for (i, piece) in pieces.iter().enumerate() {
-            let start = match piece.span {
-                0 => tile(piece),
-                _ => maps[i - 1].apply(&starts[i - 1]),
-            };
-            starts.push(start);
-        }
-        starts
-    }
-
     /// The chunks of a piece.
     pub(super) fn chunks(&self, piece: &Piece) -> Range<usize> {
         self.plan.spans[piece.span].clone()
-    }
-
-    /// The sum of the steps of a span in every lane, and whether a sequence begins there.
-    #[inline(always)]
-    pub(super) fn total_step<S: Simd<E::Real>>(
-        &self,
-        s: S,
-        piece: &Piece,
-        lane: &Lane<E::Real, S>,
-    ) -> (S::V, bool) {
-        let (mut total, mut fresh) = (s.splat(E::Real::ZERO), false);
-        for chunk in self.chunks(piece) {
-            for run in runs_in(self.segments.row(piece.row), chunk) {
-                fresh |= run.fresh;
-                for t in run.tokens {
-                    total = s.add(total, self.input(s, [piece.row, t], lane).delta);
-                }
-            }
-        }
-        (total, fresh)
-    }
-
-    /// The decay of every state over a span: `exp(A total)`, or zero where a sequence begins.
-    #[inline(always)]
-    pub(super) fn total_decay<S: Simd<E::Real>>(
-        &self,
-        s: S,
-        piece: &Piece,
-        lane: &Lane<E::Real, S>,
-        decay: &mut [E::Real],
-    ) {
-        let (total, fresh) = self.total_step(s, piece, lane);
-        for (n, decay) in decay.chunks_exact_mut(S::LANES).enumerate() {
-            // SAFETY: n < N, and the chunk holds LANES numbers.
-            unsafe {
-                let value = exp2(s, s.mul(total, s.load(lane.a.add(n * S::LANES))));
-                s.store(decay.as_mut_ptr(), if fresh { s.splat(E::Real::ZERO) } else { value });
-            }
-        }
-    }
-}
-
-/// What a span does to a state: `decay h + end`.
-pub(super) struct Affine<T> {
-    pub(super) decay: Vec<T>,
-    pub(super) end: Vec<T>,
-}
-
-impl<T: Real> Affine<T> {
-    pub(super) fn apply(&self, state: &[T]) -> Vec<T> {
-        let terms = self.decay.iter().zip(&self.end).zip(state);
-        terms.map(|((&decay, &end), &state)| decay * state + end).collect()
     }
 }
 
@@ -193,7 +118,7 @@ impl<E: Element> Kernel<E::Real> for Walk<'_, E> {
 
 /// One token of one block: moves its state on and returns its output.
 #[inline(always)]
-fn scan<E: Element, S: Simd<E::Real>>(
+pub(super) fn scan<E: Element, S: Simd<E::Real>>(
     s: S,
     p: &Operands<E>,
     at: [usize; 2],
@@ -218,42 +143,6 @@ fn scan<E: Element, S: Simd<E::Real>>(
     match &p.z {
         Some(z) => s.mul(y, silu(s, p.load(s, z, at, lane))),
         None => y,
-    }
-}
-
-/// Scans a piece from zero, for its [`Affine`] map.
-struct Probe<'a, E: Element> {
-    operands: &'a Operands<'a, E>,
-    piece: &'a Piece,
-}
-
-impl<E: Element> Kernel<E::Real> for Probe<'_, E> {
-    type Output = Affine<E::Real>;
-
-    #[inline(always)]
-    fn run<S: Simd<E::Real>>(self, s: S) -> Affine<E::Real> {
-        let (p, row) = (self.operands, self.piece.row);
-        let (size, tile) = (p.block_size(), p.plan.tiles[self.piece.tile].clone());
-        let mut map = Affine {
-            decay: vec![E::Real::ZERO; tile.len() * size],
-            end: vec![E::Real::ZERO; tile.len() * size],
-        };
-        let blocks = map.decay.chunks_exact_mut(size).zip(map.end.chunks_exact_mut(size));
-        for (index, (decay, end)) in tile.zip(blocks) {
-            let lane = p.lane(s, index);
-            p.total_decay(s, self.piece, &lane, decay);
-            for chunk in p.chunks(self.piece) {
-                for run in runs_in(p.segments.row(row), chunk) {
-                    if run.fresh {
-                        end.fill(E::Real::ZERO);
-                    }
-                    for t in run.tokens {
-                        scan(s, p, [row, t], &lane, end);
-                    }
-                }
-            }
-        }
-        map
     }
 }
 

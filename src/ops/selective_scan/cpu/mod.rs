@@ -2,10 +2,11 @@
 //!
 //! [`Operands`] are the arguments laid out for the kernels: sequences are read where they lie, the small arguments are
 //! copied once into blocks of `[N, LANES]`. [`forward`] scans, [`backward`] goes back through recomputed chunks,
-//! [`step`] is the forward pass of few tokens, with lanes over the states.
+//! [`step`] is the forward pass of few tokens, with lanes over the states, [`spans`] the first pass where time is cut.
 
 pub(super) mod backward;
 pub(super) mod forward;
+mod spans;
 mod step;
 
 pub(super) use step::step;
