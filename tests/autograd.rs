@@ -25,7 +25,8 @@ fn vec(x: &Tensor) -> Vec<f64> {
 fn checkpointed_gradients_are_the_plain_ones() {
     let (x0, x1) = (var(1, (3, 4)), var(2, (3, 5)));
     let (w, b) = (var(3, (4, 5)), var(4, (1, 5)));
-    let uses: [fn(&[Tensor]) -> Result<Tensor>; 3] =
+    type Use = fn(&[Tensor]) -> Result<Tensor>;
+    let uses: [Use; 3] =
         [|y| y[0].exp()?.sum_all()? + y[1].sqr()?.sum_all()?, |y| y[0].sum_all(), |y| y[1].exp()?.sum_all()];
     for used in uses {
         // inner nodes and leaves as inputs

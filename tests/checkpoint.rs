@@ -60,7 +60,7 @@ fn shuffled_windows_cover_the_text_in_another_order_every_epoch() {
             assert!(starts.len() >= 96);
             assert_eq!(starts.iter().collect::<HashSet<_>>().len(), starts.len(), "no window twice");
             assert!(starts.iter().all(|start| start % 10 == starts[0] % 10), "no overlap");
-            assert!(starts.is_sorted_by(|a, b| a < b) == false);
+            assert!(!starts.is_sorted_by(|a, b| a < b));
             epochs.push(starts);
             // the first batch of the next epoch sets its own length
             let mut next = text.clone();

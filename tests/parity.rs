@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use common::{Random, assert_close, relative_errors};
+use common::{Random, assert_close, relative_errors, rounding};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use subquadratic::Result;
@@ -43,10 +43,10 @@ fn stepped(model: &LanguageModel, ids: &Tensor, prefill: usize) -> Result<Tensor
     Ok(Tensor::cat(&parts, 1)?)
 }
 
-/// One call, every way to prefill, and the last token's logits, against those of transformers: the relative error, and
-/// that of the worst element against the largest.
+/// One call and every way to prefill against the logits of transformers: the relative error, and that of the worst element
+/// against the largest. A prefill's logits of the last token are those of one call.
 fn check(dtype: DType, tolerance: f64, worst: f64) {
-    let assert_close = |what: &str, got: &Tensor, want: &Tensor| {
+    let assert_near = |what: &str, got: &Tensor, want: &Tensor| {
         assert_eq!(got.dims(), want.dims(), "{what}");
         let (rms, max) = relative_errors(got, want);
         assert!(rms <= tolerance && max <= worst, "{what}: relative error {rms:.1e}, at worst {max:.1e}");
@@ -57,15 +57,17 @@ fn check(dtype: DType, tolerance: f64, worst: f64) {
         let length = ids.dim(1).unwrap();
         let model = load(fixture(name), dtype, &Device::Cpu).unwrap();
         let what = format!("{name} in {dtype:?}");
-        assert_close(&what, &model.forward(ids).unwrap(), want);
+        let whole = model.forward(ids).unwrap();
+        assert_near(&what, &whole, want);
         for prefill in [0, 1, 2, 7, length - 1, length] {
             let got = stepped(&model, ids, prefill).unwrap();
-            assert_close(&format!("{what}, {prefill} tokens prefilled"), &got, want);
-            assert_close(&format!("{what}, its cache"), &got, &expected["decode"]);
+            assert_near(&format!("{what}, {prefill} tokens prefilled"), &got, want);
+            assert_near(&format!("{what}, its cache"), &got, &expected["decode"]);
         }
         let mut state = model.init_state(ids.dim(0).unwrap()).unwrap();
         let last = model.prefill(ids, None, &mut state).unwrap();
-        assert_close(&what, &last, &want.narrow(1, length - 1, 1).unwrap().squeeze(1).unwrap());
+        let want = whole.narrow(1, length - 1, 1).unwrap().squeeze(1).unwrap();
+        assert_close(&what, &last, &want, 8.0 * rounding(dtype));
     }
 }
 
@@ -80,11 +82,13 @@ fn logits_in_f32_equal_those_of_transformers() {
 }
 
 /// Sums, norms and recurrences are f32; what is left are the roundings of weights and of activations between operators,
-/// 8 (bf16) or 11 bits each, through two or three blocks.
+/// 8 (bf16) or 11 bits each, through two or three blocks. On the bf16 fixture transformers itself is 2.8e-2 from the exact
+/// logits, at worst 5.5e-2 (`logits32` there), this crate 3.0e-2 and 9.1e-2; the bounds are about half as much again, an
+/// eighth for the three more bits of f16.
 #[test]
 fn logits_in_low_precision_are_near() {
-    check(DType::BF16, 5e-2, 0.15);
-    check(DType::F16, 7e-3, 2e-2);
+    check(DType::BF16, 4.5e-2, 0.13);
+    check(DType::F16, 6e-3, 2e-2);
 }
 
 /// transformers in bf16 is no nearer to the exact logits than this crate in bf16.
