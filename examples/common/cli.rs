@@ -47,12 +47,22 @@ enum DeviceName {
 }
 
 impl Place {
+    /// The device's name.
+    pub fn name(&self) -> &'static str {
+        match self.device {
+            DeviceName::Cpu => "cpu",
+            DeviceName::Cuda => "cuda",
+            DeviceName::Metal => "metal",
+        }
+    }
+
     /// The device, opened.
     pub fn device(&self) -> Outcome<Device> {
-        let (name, opened) = match self.device {
+        let name = self.name();
+        let opened = match self.device {
             DeviceName::Cpu => return Ok(Device::Cpu),
-            DeviceName::Cuda => ("cuda", Device::new_cuda(0)),
-            DeviceName::Metal => ("metal", Device::new_metal(0)),
+            DeviceName::Cuda => Device::new_cuda(0),
+            DeviceName::Metal => Device::new_metal(0),
         };
         opened.map_err(|error| {
             format!("--device {name}: {error} (is the program built with `--features {name}`?)").into()
