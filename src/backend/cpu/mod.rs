@@ -1,5 +1,7 @@
-//! The CPU back end: [`simd`] registers chosen at run time, [`math`] functions on them, strided [`view`]s of tensors.
+//! The CPU back end: [`simd`] registers chosen at run time, [`math`] functions on them, strided [`view`]s of tensors,
+//! work in [`parallel`].
 
 pub(crate) mod math;
+pub(crate) mod parallel;
 pub(crate) mod simd;
 pub(crate) mod view;

@@ -1,8 +1,9 @@
 //! Read access to the data of CPU tensors, rows strided as the tensor has them, without copies.
 
-use super::simd::Element;
+use super::simd::{Element, Real, Simd};
 use candle_core::{CpuStorage, Result, Shape, Storage, StorageRef, Tensor};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// A tensor held for reading: its storage locked, its last dimension contiguous.
 ///
@@ -68,6 +69,52 @@ impl<'a, E: Element> Rows<'a, E> {
     pub(crate) fn width(&self) -> usize {
         self.width
     }
+
+    /// The number of rows.
+    pub(crate) fn count(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// The row of number `index` in the order of the dimensions; panics outside the tensor.
+    #[inline(always)]
+    pub(crate) fn nth(&self, mut index: usize) -> &'a [E] {
+        let mut offset = 0;
+        for (&n, &stride) in self.dims.iter().zip(self.strides).rev() {
+            offset += index % n * stride;
+            index /= n;
+        }
+        assert_eq!(index, 0);
+        &self.data[offset..offset + self.width]
+    }
+}
+
+/// The places of the registers that cover `range`, and how many lanes of each count: all, but for the last.
+#[inline(always)]
+pub(crate) fn lanes<T: Real, S: Simd<T>>(_: S, range: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let end = range.end;
+    range.step_by(S::LANES).map(move |start| (start, S::LANES.min(end - start)))
+}
+
+/// `row[start..start + n]`, `n <= LANES`; zero in the other lanes.
+#[inline(always)]
+pub(crate) fn load<E: Element, S: Simd<E::Real>>(s: S, row: &[E], start: usize, n: usize) -> S::V {
+    let from = &row[start..start + n];
+    // SAFETY: `from` holds n values, LANES where that many are loaded.
+    unsafe { if n == S::LANES { E::load(s, from.as_ptr()) } else { E::load_first(s, from.as_ptr(), n) } }
+}
+
+/// The first `n <= LANES` lanes to `to`, where there must be place for them.
+#[inline(always)]
+pub(crate) unsafe fn store<E: Element, S: Simd<E::Real>>(s: S, to: *mut E, n: usize, values: S::V) {
+    // SAFETY: the caller's promise.
+    unsafe { if n == S::LANES { E::store(s, to, values) } else { E::store_first(s, to, n, values) } }
+}
+
+/// The first `n <= LANES` lanes to `row[start..start + n]`.
+#[inline(always)]
+pub(crate) fn put<E: Element, S: Simd<E::Real>>(s: S, row: &mut [E], start: usize, n: usize, values: S::V) {
+    // SAFETY: the slice holds n values.
+    unsafe { store(s, row[start..start + n].as_mut_ptr(), n, values) }
 }
 
 /// A buffer that several threads fill, each its own part.

@@ -8,8 +8,9 @@ use super::plan::{self, Sequence, Task, Tile};
 use super::{CausalConv1d, Sizes};
 use crate::Result;
 use crate::backend::cpu::math::silu;
+use crate::backend::cpu::parallel;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
-use crate::backend::cpu::view::{Held, Outlet, Rows, storage, with_unit_stride};
+use crate::backend::cpu::view::{Held, Outlet, Rows, load, storage, store, with_unit_stride};
 use candle_core::{Shape, Storage, Tensor};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -102,41 +103,15 @@ pub(super) enum Input<'a, E: Element> {
 }
 
 impl<E: Element> Input<'_, E> {
-    /// Channels `c..c + n`, where `n` is `LANES` if `FULL`.
+    /// Channels `c..c + n`, `n <= LANES`.
     #[inline(always)]
-    pub(super) fn load<const FULL: bool, S: Simd<E::Real>>(self, s: S, c: usize, n: usize) -> S::V {
+    pub(super) fn load<S: Simd<E::Real>>(self, s: S, c: usize, n: usize) -> S::V {
         match self {
             Input::Zero => s.splat(E::Real::ZERO),
-            Input::State(row) => load::<FULL, _, S>(s, row, c, n),
-            Input::Token(row) => load::<FULL, _, S>(s, row, c, n),
+            Input::State(row) => load(s, row, c, n),
+            Input::Token(row) => load(s, row, c, n),
         }
     }
-}
-
-/// `row[c..c + n]`, where `n` is `LANES` if `FULL`.
-#[inline(always)]
-pub(super) fn load<const FULL: bool, E: Element, S: Simd<E::Real>>(
-    s: S,
-    row: &[E],
-    c: usize,
-    n: usize,
-) -> S::V {
-    let n = if FULL { S::LANES } else { n };
-    let from = &row[c..c + n];
-    // SAFETY: `from` holds n values, and n is LANES where that many are loaded.
-    unsafe { if FULL { E::load(s, from.as_ptr()) } else { E::load_first(s, from.as_ptr(), n) } }
-}
-
-/// `n` values to `to`, where there must be place for them; `n` is `LANES` if `FULL`.
-#[inline(always)]
-pub(super) unsafe fn store<const FULL: bool, E: Element, S: Simd<E::Real>>(
-    s: S,
-    to: *mut E,
-    n: usize,
-    values: S::V,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { if FULL { E::store(s, to, values) } else { E::store_first(s, to, n, values) } }
 }
 
 /// What a call computes.
@@ -194,17 +169,17 @@ impl<T: Real, E: Element<Real = T>> Forward<'_, E> {
         for tile in &self.task.tiles {
             let inputs = self.problem.inputs(tile.sequence, tile.positions.clone());
             for c in (start..tail).step_by(S::LANES) {
-                self.channels::<true, S>(s, tile, &inputs, c, S::LANES, blank.clone());
+                self.channels(s, tile, &inputs, c, S::LANES, blank.clone());
             }
             if tail < end {
-                self.channels::<false, S>(s, tile, &inputs, tail, end - tail, blank.clone());
+                self.channels(s, tile, &inputs, tail, end - tail, blank.clone());
             }
         }
     }
 
     /// One register of channels, from `c`, through a tile.
     #[inline(always)]
-    fn channels<const FULL: bool, S: Simd<T>>(
+    fn channels<S: Simd<T>>(
         &self,
         s: S,
         tile: &Tile,
@@ -217,20 +192,20 @@ impl<T: Real, E: Element<Real = T>> Forward<'_, E> {
         let (mut weight, mut window) = (blank.clone(), blank);
         let (weight, window) = (weight.as_mut(), window.as_mut());
         for (tap, row) in weight.iter_mut().zip(parameters.weight.chunks(channels)) {
-            *tap = load::<FULL, _, S>(s, row, c, n);
+            *tap = load(s, row, c, n);
         }
         let bias = match &parameters.bias {
-            Some(bias) => load::<FULL, _, S>(s, bias, c, n),
+            Some(bias) => load(s, bias, c, n),
             None => s.splat(T::ZERO),
         };
         let last = window.len() - 1;
         for (slot, input) in window[1..].iter_mut().zip(inputs) {
-            *slot = input.load::<FULL, S>(s, c, n);
+            *slot = input.load(s, c, n);
         }
         let tokens = tile.sequence.tokens(tile.positions.clone());
         for (input, token) in inputs[last..].iter().zip(tokens) {
             window.copy_within(1.., 0);
-            window[last] = input.load::<FULL, S>(s, c, n);
+            window[last] = input.load(s, c, n);
             let mut sum = bias;
             for (&tap, &input) in weight.iter().zip(window.iter()) {
                 sum = s.fma(tap, input, sum);
@@ -240,7 +215,7 @@ impl<T: Real, E: Element<Real = T>> Forward<'_, E> {
             }
             let to = self.y.at((tile.sequence.row * length + token) * channels + c, n);
             // SAFETY: `at` checked the places; no other task has this token and these channels.
-            unsafe { store::<FULL, _, S>(s, to, n, sum) };
+            unsafe { store(s, to, n, sum) };
         }
     }
 }
@@ -261,7 +236,7 @@ fn typed<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Vec<(Storage, 
         // SAFETY: `at` checked the places; zero bits are a zero of every element type.
         unsafe { outlet.at(0, elements).write_bytes(0, elements) };
     }
-    plan::run(&tasks, elements, |task| dispatch(Forward { problem: &problem, task, y: &outlet }));
+    parallel::map(&tasks, elements, |task| dispatch(Forward { problem: &problem, task, y: &outlet }));
     // SAFETY: padding was zeroed, and every other token lies in a sequence, whose tasks wrote all of its channels.
     unsafe { y.set_len(elements) };
 

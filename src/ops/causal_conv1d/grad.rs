@@ -11,13 +11,14 @@
 //! 3 elements move per token and channel (12 bytes in f32). Weight gradients are summed within a task, then over tasks
 //! in their order: the same bits for any number of threads.
 
-use super::cpu::{self, Input, Parameters, Problem, load, store, transpose, transposed, with_taps};
+use super::cpu::{self, Input, Parameters, Problem, transpose, transposed, with_taps};
 use super::plan::{self, Sequence, Task, Tile};
 use super::{CausalConv1d, Segments, Sizes};
 use crate::autograd::{Gradients, record};
 use crate::backend::cpu::math::{sigmoid, silu_grad};
+use crate::backend::cpu::parallel;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
-use crate::backend::cpu::view::{Held, Outlet, Rows, tensor, with_unit_stride};
+use crate::backend::cpu::view::{Held, Outlet, Rows, load, store, tensor, with_unit_stride};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
@@ -104,7 +105,7 @@ impl Saved {
             initial_state: Outlet::new(&mut initial_state),
         };
         let work = |task: &Task| dispatch(Backward { problem: &problem, shared: &shared, task });
-        let partial = plan::run(&tasks, elements, work);
+        let partial = parallel::map(&tasks, elements, work);
         let mut sums = vec![E::Real::ZERO; (taps + 1) * channels];
         for (task, partial) in tasks.iter().zip(partial) {
             for (sums, partial) in sums.chunks_mut(channels).zip(partial.chunks(task.channels.len())) {
@@ -183,17 +184,17 @@ impl<T: Real, E: Element<Real = T>> Backward<'_, E> {
             let inputs = self.problem.inputs(sequence, positions);
             let walk = Walk { tile, inputs, tokens, gradients };
             for c in (start..tail).step_by(S::LANES) {
-                self.channels::<true, S>(s, &walk, c, S::LANES, blank.clone(), sums);
+                self.channels(s, &walk, c, S::LANES, blank.clone(), sums);
             }
             if tail < end {
-                self.channels::<false, S>(s, &walk, tail, end - tail, blank.clone(), sums);
+                self.channels(s, &walk, tail, end - tail, blank.clone(), sums);
             }
         }
     }
 
     /// One register of channels, from `c`, through a tile.
     #[inline(always)]
-    fn channels<const FULL: bool, S: Simd<T>>(
+    fn channels<S: Simd<T>>(
         &self,
         s: S,
         walk: &Walk<E>,
@@ -212,22 +213,22 @@ impl<T: Real, E: Element<Real = T>> Backward<'_, E> {
         let (dweight, dinput) = (dweight.as_mut(), dinput.as_mut());
         let mut dbias = zero;
         for (tap, row) in weight.iter_mut().zip(parameters.weight.chunks(channels)) {
-            *tap = load::<FULL, _, S>(s, row, c, n);
+            *tap = load(s, row, c, n);
         }
         let bias = match &parameters.bias {
-            Some(bias) => load::<FULL, _, S>(s, bias, c, n),
+            Some(bias) => load(s, bias, c, n),
             None => zero,
         };
         for (slot, input) in window[1..].iter_mut().zip(&walk.inputs) {
-            *slot = input.load::<FULL, S>(s, c, n);
+            *slot = input.load(s, c, n);
         }
 
         for position in positions.start..positions.end + past {
             let step = position - positions.start;
             if let Some(&gradient) = walk.gradients.get(step) {
                 window.copy_within(1.., 0);
-                window[past] = walk.inputs[past + step].load::<FULL, S>(s, c, n);
-                let mut gradient = load::<FULL, _, S>(s, gradient, c, n);
+                window[past] = walk.inputs[past + step].load(s, c, n);
+                let mut gradient = load(s, gradient, c, n);
                 if silu {
                     let mut sum = bias;
                     for (&tap, &input) in weight.iter().zip(window.iter()) {
@@ -252,27 +253,27 @@ impl<T: Real, E: Element<Real = T>> Backward<'_, E> {
             let at_end = if sequence.last { position.checked_sub(sequence.length) } else { None };
             if let (Some(slot), Some(state)) = (at_end, self.shared.final_state) {
                 let row = &state[(sequence.row * past + slot) * channels..][..channels];
-                complete = s.add(complete, load::<FULL, _, S>(s, row, c, n));
+                complete = s.add(complete, load(s, row, c, n));
             }
             if step >= past {
                 let token = sequence.row * length + walk.tokens[step - past];
                 let to = self.shared.dx.at(token * channels + c, n);
                 // SAFETY: `at` checked the places; no other task has this token and these channels.
-                unsafe { store::<FULL, _, S>(s, to, n, complete) };
+                unsafe { store(s, to, n, complete) };
             } else if positions.start == 0 && sequence.carried {
                 let slot = sequence.row * past + position;
                 let to = self.shared.initial_state.at(slot * channels + c, n);
                 // SAFETY: `at` checked the places; the start of this sequence is no other tile's.
-                unsafe { store::<FULL, _, S>(s, to, n, complete) };
+                unsafe { store(s, to, n, complete) };
             }
         }
 
         let (width, c) = (self.task.channels.len(), c - self.task.channels.start);
         for (sums, &part) in sums.chunks_mut(width).zip(dweight.iter().chain([&dbias])) {
             let sums = &mut sums[c..c + n];
-            let total = s.add(load::<FULL, _, S>(s, sums, 0, n), part);
+            let total = s.add(load(s, sums, 0, n), part);
             // SAFETY: `sums` holds n values.
-            unsafe { store::<FULL, _, S>(s, sums.as_mut_ptr(), n, total) };
+            unsafe { store(s, sums.as_mut_ptr(), n, total) };
         }
     }
 }

@@ -106,16 +106,3 @@ pub(super) fn tasks(sequences: &[Sequence], tile: usize, channels: usize) -> Vec
         .flat_map(|tiles| starts().map(|start| Task { tiles: tiles.clone(), channels: block(start) }))
         .collect()
 }
-
-/// Elements below which a second thread costs more than it saves.
-const SERIAL_ELEMENTS: usize = 1 << 14;
-
-/// Runs `f` on every task and returns the results in order.
-pub(super) fn run<R: Send>(tasks: &[Task], elements: usize, f: impl Fn(&Task) -> R + Sync + Send) -> Vec<R> {
-    use rayon::prelude::*;
-    if tasks.len() == 1 || elements < SERIAL_ELEMENTS {
-        tasks.iter().map(f).collect()
-    } else {
-        tasks.par_iter().map(f).collect()
-    }
-}

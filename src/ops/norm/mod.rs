@@ -19,6 +19,8 @@
 //! exception: the ungated RMS norm rounds `n` to the dtype of `x` before it is multiplied by `weight`, as transformers
 //! does, so that bf16 checkpoints give the same numbers. [`add_norm`] normalises the sum as it is stored.
 
+mod cpu;
+mod grad;
 mod reference;
 
 pub use reference::norm_reference;
@@ -118,8 +120,11 @@ pub fn gated_norm(x: &Tensor, z: &Tensor, norm: &Norm, norm_before_gate: bool) -
 }
 
 fn run(name: &'static str, input: &NormInput, norm: &Norm) -> Result<(Tensor, Option<Tensor>)> {
-    input.check(name, norm)?;
-    norm_reference(input, norm)
+    let group = input.check(name, norm)?;
+    if !input.x.device().is_cpu() {
+        return norm_reference(input, norm);
+    }
+    grad::on_cpu(name, input, norm, group)
 }
 
 impl NormInput<'_> {

@@ -172,15 +172,17 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// Those of this machine, the widest first.
+    /// Those of this machine, the widest first. The environment variable `SUBQUADRATIC_ISA` (`avx512`, `avx2`, `neon` or
+    /// `scalar`), read once, takes away what comes before it.
     pub(crate) fn available() -> &'static [Isa] {
         use std::sync::OnceLock;
         static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
         AVAILABLE.get_or_init(|| {
-            [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar]
-                .into_iter()
-                .filter(|isa| isa.is_available())
-                .collect()
+            let all =
+                [(Isa::Avx512, "avx512"), (Isa::Avx2, "avx2"), (Isa::Neon, "neon"), (Isa::Scalar, "scalar")];
+            let widest = std::env::var("SUBQUADRATIC_ISA").ok();
+            let first = all.iter().position(|&(_, name)| widest.as_deref() == Some(name)).unwrap_or(0);
+            all[first..].iter().map(|&(isa, _)| isa).filter(|isa| isa.is_available()).collect()
         })
     }
 
