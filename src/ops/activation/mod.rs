@@ -11,6 +11,7 @@
 //!
 //! Sources: softplus, Dugas et al. 2001; SiLU, Elfwing et al. 2017 (also called swish).
 
+mod cpu;
 mod reference;
 
 pub use reference::{sigmoid_reference, silu_gate_reference, silu_reference, softplus_reference};
@@ -18,6 +19,7 @@ pub use reference::{sigmoid_reference, silu_gate_reference, silu_reference, soft
 use super::accumulation_dtype;
 use crate::{Error, Result};
 use candle_core::Tensor;
+use cpu::{Function, on_cpu};
 
 /// `log(1 + e^x)` of any shape; see the [module](self). Differentiable.
 ///
@@ -25,7 +27,7 @@ use candle_core::Tensor;
 /// A dtype that is not a float.
 pub fn softplus(x: &Tensor) -> Result<Tensor> {
     check("softplus", x)?;
-    softplus_reference(x)
+    if x.device().is_cpu() { on_cpu(Function::Softplus, x, None) } else { softplus_reference(x) }
 }
 
 /// `x / (1 + e^-x)` of any shape; see the [module](self). Differentiable.
@@ -34,7 +36,7 @@ pub fn softplus(x: &Tensor) -> Result<Tensor> {
 /// A dtype that is not a float.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     check("silu", x)?;
-    silu_reference(x)
+    if x.device().is_cpu() { on_cpu(Function::Silu, x, None) } else { silu_reference(x) }
 }
 
 /// `1 / (1 + e^-x)` of any shape; see the [module](self). Differentiable.
@@ -43,7 +45,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// A dtype that is not a float.
 pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
     check("sigmoid", x)?;
-    sigmoid_reference(x)
+    if x.device().is_cpu() { on_cpu(Function::Sigmoid, x, None) } else { sigmoid_reference(x) }
 }
 
 /// `x silu(z)`, both of one shape and dtype; see the [module](self). Differentiable in both.
@@ -58,7 +60,7 @@ pub fn silu_gate(x: &Tensor, z: &Tensor) -> Result<Tensor> {
     if z.dtype() != x.dtype() {
         return Err(Error::dtype("silu_gate: z", format!("{:?}", x.dtype()), z.dtype()));
     }
-    silu_gate_reference(x, z)
+    if x.device().is_cpu() { on_cpu(Function::SiluGate, x, Some(z)) } else { silu_gate_reference(x, z) }
 }
 
 fn check(name: &str, x: &Tensor) -> Result<()> {
