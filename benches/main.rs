@@ -20,6 +20,7 @@ use criterion::Criterion;
 use support::Bench;
 
 fn main() -> subquadratic::Result<()> {
+    subquadratic::reuse_memory();
     let mut criterion = Criterion::default().configure_from_args();
     let mut bench = Bench::new()?;
     operators::selective_scan::all(&mut criterion, &mut bench)?;

@@ -37,4 +37,5 @@ pub mod models;
 pub mod ops;
 pub mod train;
 
+pub use backend::cpu::memory::reuse_memory;
 pub use error::{Error, Result};

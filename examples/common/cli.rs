@@ -10,6 +10,7 @@ pub type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Parses the command line and runs `program`; whatever goes wrong is one line on standard error and exit status 1.
 pub fn run<A: Parser>(program: impl FnOnce(A) -> Outcome<()>) -> ExitCode {
+    subquadratic::reuse_memory();
     let outcome = match A::try_parse() {
         Ok(arguments) => program(arguments).map_err(|error| error.to_string()),
         Err(error) if error.use_stderr() => {

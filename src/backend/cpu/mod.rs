@@ -2,6 +2,7 @@
 //! work in [`parallel`].
 
 pub(crate) mod math;
+pub(crate) mod memory;
 pub(crate) mod parallel;
 pub(crate) mod simd;
 pub(crate) mod view;
