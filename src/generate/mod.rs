@@ -3,8 +3,7 @@
 //! [`GenerationConfig`] says what is wanted, [`Sampler`] draws a token from logits, [`Generation`] streams the tokens
 //! of a batch, [`generate`] collects them.
 //!
-//! The model may be a trainable one, but then every step builds a graph for nothing: generate from its
-//! [frozen](crate::models::LanguageModel::frozen) form.
+//! The model may be a trainable one: what generates is its [frozen](crate::models::LanguageModel::frozen) form.
 
 mod config;
 mod sampler;

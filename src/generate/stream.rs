@@ -5,6 +5,7 @@ use crate::models::{LanguageModel, ModelState};
 use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
+use std::borrow::Cow;
 
 /// Why a row ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +50,7 @@ pub struct Token {
 /// ```
 #[derive(Debug)]
 pub struct Generation<'a> {
-    model: &'a LanguageModel,
+    model: Cow<'a, LanguageModel>,
     config: GenerationConfig,
     rows: Vec<Row>,
     /// The rows still running: row `running[i]` is row `i` of `state` and `logits`.
@@ -110,7 +111,12 @@ impl<'a> Generation<'a> {
             Ok(Row { sampler, drawn: 0, last: 0, state: None })
         };
         let rows: Vec<Row> = prompts.iter().enumerate().map(row).collect::<Result<_>>()?;
-        let logits = read(model, &prompts, &mut state)?;
+        // a trainable model would build a graph with every step, to no end
+        let model = match model.variables().is_empty() {
+            true => Cow::Borrowed(model),
+            false => Cow::Owned(model.frozen()?),
+        };
+        let logits = read(&model, &prompts, &mut state)?;
         let running = if config.max_tokens == 0 { vec![] } else { (0..rows.len()).collect() };
         Ok(Self { model, config, rows, running, state, logits: Some(logits) })
     }
@@ -134,7 +140,7 @@ impl<'a> Generation<'a> {
             None => {
                 let last: Vec<u32> = self.running.iter().map(|&row| self.rows[row].last).collect();
                 let ids = Tensor::from_vec(last, (self.running.len(), 1), self.model.device())?;
-                feed(self.model, &ids, None, &mut self.state)?
+                feed(&self.model, &ids, None, &mut self.state)?
             }
         };
         let mut logits = logits.to_dtype(DType::F64)?.to_vec2::<f64>()?;

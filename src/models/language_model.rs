@@ -57,6 +57,7 @@ impl LanguageModel {
     /// An inconsistent config, or a dtype that is no float.
     pub fn init(config: &ModelConfig, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
         config.validate()?;
+        check_dtype(dtype)?;
         let values = initial_values(config, seed)?;
         let mut tensors = HashMap::new();
         for parameter in config.parameters() {
@@ -76,9 +77,7 @@ impl LanguageModel {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        if !matches!(dtype, DType::F32 | DType::F64 | DType::BF16 | DType::F16) {
-            return Err(Error::dtype("model", "f32, f64, bf16 or f16", dtype));
-        }
+        check_dtype(dtype)?;
         let upstream = |name: &str| config.family.upstream_name(name);
         let parameters: BTreeMap<_, _> = tensors.iter().map(|(n, x)| (upstream(n), x.clone())).collect();
         let variables = tensors.iter().filter(|(_, x)| x.is_variable());
@@ -209,6 +208,14 @@ impl LanguageModel {
         let x = x.reshape((batch, length, self.config.hidden_size))?;
         let wide = if self.config.residual_in_fp32 { accumulation_dtype(self.dtype) } else { self.dtype };
         Ok(Stream { sum: x.to_dtype(wide)?, update: None })
+    }
+}
+
+/// Refuses dtypes that no model has.
+pub(super) fn check_dtype(dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F32 | DType::F64 | DType::BF16 | DType::F16 => Ok(()),
+        other => Err(Error::dtype("model", "f32, f64, bf16 or f16", other)),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::config::ModelConfig;
 use super::formats;
-use super::language_model::LanguageModel;
+use super::language_model::{LanguageModel, check_dtype};
 use super::weights::WeightFiles;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -58,6 +58,7 @@ fn load_with(
     device: &Device,
     finish: impl Fn(Tensor) -> Result<Tensor>,
 ) -> Result<LanguageModel> {
+    check_dtype(dtype)?;
     let config = read_config(dir)?;
     let files = WeightFiles::open(dir)?;
     let names = match_names(&config, &files)?;
@@ -73,12 +74,14 @@ fn load_with(
 /// The file's name of each parameter, or all that does not fit.
 fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<String, String>> {
     let mut names = HashMap::new();
+    let (mut missing, mut wrong) = (vec![], vec![]);
     for name in files.entries.keys() {
-        names.insert(config.family.own_name(name), name.clone());
+        if let Some(other) = names.insert(config.family.own_name(name), name.clone()) {
+            wrong.push(format!("{name}: another name of {other}, which is there too"));
+        }
     }
     let head = if config.tie_embeddings { names.remove(HEAD) } else { None };
     let parameters = config.parameters();
-    let (mut missing, mut wrong) = (vec![], vec![]);
     // a tied head may be stored too, or alone, but must be the embedding
     match (head, names.get(EMBEDDING)) {
         (Some(head), Some(embedding)) if !files.same(&head, embedding)? => {

@@ -39,10 +39,10 @@ impl Segments {
     /// A row whose lengths add up to more than `length`.
     pub fn packed(lengths: &[Vec<usize>], length: usize) -> Result<Self> {
         let row = |lengths: &Vec<usize>| {
-            let mut start = 0;
+            let mut start = 0usize;
             let cut = |&n: &usize| {
-                let tokens = start..start + n;
-                start += n;
+                let tokens = start..start.saturating_add(n);
+                start = tokens.end;
                 Run { tokens, fresh: true }
             };
             let runs = lengths.iter().filter(|&&n| n > 0).map(cut).collect();

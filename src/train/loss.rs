@@ -47,7 +47,10 @@ impl CrossEntropy {
 /// # Errors
 /// Shapes that do not fit, another dtype, a target outside the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<CrossEntropy> {
-    let (ids, vocabulary) = check(logits, targets)?;
+    let Some((&vocabulary, rows)) = logits.dims().split_last() else {
+        return Err(Error::shape("cross_entropy: logits", "[.., V]", logits.dims()));
+    };
+    let ids = check_targets(targets, rows, vocabulary)?;
     let count = ids.iter().filter(|&&id| id != IGNORE).count();
     if !logits.device().is_cpu() {
         return Ok(CrossEntropy { total: composed(logits, targets, &ids)?, targets: count });
@@ -62,11 +65,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<CrossEntropy> 
     Ok(CrossEntropy { total, targets: count })
 }
 
-/// The targets, in order, and V.
-fn check(logits: &Tensor, targets: &Tensor) -> Result<(Vec<u32>, usize)> {
-    let Some((&vocabulary, rows)) = logits.dims().split_last() else {
-        return Err(Error::shape("cross_entropy: logits", "[.., V]", logits.dims()));
-    };
+/// The targets of logits `[rows.., vocabulary]`, in order.
+pub(super) fn check_targets(targets: &Tensor, rows: &[usize], vocabulary: usize) -> Result<Vec<u32>> {
     if rows != targets.dims() {
         return Err(Error::shape("cross_entropy: targets", format!("[..] = {rows:?}"), targets.dims()));
     }
@@ -75,7 +75,7 @@ fn check(logits: &Tensor, targets: &Tensor) -> Result<(Vec<u32>, usize)> {
     }
     let ids = targets.flatten_all()?.to_vec1::<u32>()?;
     match ids.iter().find(|&&id| id != IGNORE && id as usize >= vocabulary) {
-        None => Ok((ids, vocabulary)),
+        None => Ok(ids),
         Some(id) => {
             Err(Error::value("cross_entropy: target", format!("below V = {vocabulary}, or IGNORE"), id))
         }
@@ -136,7 +136,7 @@ mod tests {
         let logits = Var::randn(0f64, 3.0, (2, 5, 7), &Device::Cpu).unwrap();
         let targets = Tensor::new(&[[0u32, 6, IGNORE, 3, 3], [IGNORE, 1, 2, 5, 4]], &Device::Cpu).unwrap();
         let fast = cross_entropy(&logits, &targets).unwrap().total;
-        let slow = composed(&logits, &targets, &check(&logits, &targets).unwrap().0).unwrap();
+        let slow = composed(&logits, &targets, &check_targets(&targets, &[2, 5], 7).unwrap()).unwrap();
         let value = |x: &Tensor| x.to_scalar::<f64>().unwrap();
         assert!((value(&fast) - value(&slow)).abs() < 1e-12 * value(&slow));
         let gradient = |loss: Tensor| loss.backward().unwrap().get(&logits).unwrap().clone();

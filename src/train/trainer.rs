@@ -1,5 +1,6 @@
 //! The training loop's body.
 
+use super::loss::check_targets;
 use super::{AdamW, AdamWConfig, CrossEntropy, Gradients, Group, IGNORE, Schedule, cross_entropy};
 use crate::models::{LanguageModel, ModelState};
 use crate::ops::Segments;
@@ -54,12 +55,13 @@ impl Batch {
         Self { inputs, targets, segments: None, carry: false, stream: 0 }
     }
 
-    /// How many targets count.
-    fn count(&self) -> Result<usize> {
-        if self.targets.dtype() != DType::U32 {
-            return Err(Error::dtype("batch: targets", "u32", self.targets.dtype()));
-        }
-        let targets = self.targets.flatten_all()?.to_vec1::<u32>()?;
+    /// How many targets count, all of them checked: once there is a graph, an error would drop it where candle's
+    /// recursion may overflow the stack.
+    fn count(&self, vocabulary: usize) -> Result<usize> {
+        let [_, _] = *self.inputs.dims() else {
+            return Err(Error::shape("batch: inputs", "[B, L]", self.inputs.dims()));
+        };
+        let targets = check_targets(&self.targets, self.inputs.dims(), vocabulary)?;
         Ok(targets.iter().filter(|&&target| target != IGNORE).count())
     }
 }
@@ -190,7 +192,8 @@ impl Trainer {
     /// No targets, ids or segments that do not fit, and gradients that are not finite; nothing has changed then.
     pub fn step(&mut self, batches: &[Batch]) -> Result<StepReport> {
         let start = Instant::now();
-        let counts = batches.iter().map(Batch::count).collect::<Result<Vec<_>>>()?;
+        let vocabulary = self.model.config().vocab_size;
+        let counts = batches.iter().map(|batch| batch.count(vocabulary)).collect::<Result<Vec<_>>>()?;
         let targets: usize = counts.iter().sum();
         if targets == 0 {
             return Err(Error::value("training step: targets", "at least one that is not ignored", 0));
@@ -199,10 +202,12 @@ impl Trainer {
         let mut gradients: Option<Gradients> = None;
         let mut loss = 0.0;
         for (batch, &count) in batches.iter().zip(&counts) {
-            let total = forward(&self.model, batch, &mut states)?.total;
             if count == 0 {
+                // moves the carried state on, and makes no graph
+                forward(&self.model.frozen()?, batch, &mut states)?;
                 continue;
             }
+            let total = forward(&self.model, batch, &mut states)?.total;
             let share = (total / targets as f64)?;
             loss += share.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             let mut store = autograd::backward(share)?;

@@ -78,7 +78,13 @@ pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f6
         },
     };
     keys.ignore(HARMLESS);
-    keys.ignore(&["layer_types"]);
+    if let Some(types) = keys.value("layer_types") {
+        let mamba = |name: &Value| matches!(name.as_str(), Some("linear_attention" | "mamba"));
+        if types.as_array().is_none_or(|all| all.len() != layers || !all.iter().all(mamba)) {
+            let expected = format!("`linear_attention` (transformers' name for it) {layers} times");
+            return Err(keys.wrong("layer_types", &expected, &types.to_string()));
+        }
+    }
     let norm = NormConfig::Rms { eps: keys.number("layer_norm_epsilon", 1e-5)? };
     Ok(ModelConfig {
         family,
@@ -120,8 +126,8 @@ pub(super) fn write_shared(config: &ModelConfig, model_type: &str, architecture:
     put("state_size", mixer.d_state.into());
     put("conv_kernel", mixer.d_conv.into());
     put("intermediate_size", mixer.d_inner.into());
-    let expand = mixer.d_inner as f64 / config.hidden_size as f64;
-    put("expand", if expand.fract() == 0.0 { json!(expand as u64) } else { json!(expand) });
+    // a whole number for transformers; where the width is no multiple, intermediate_size alone counts
+    put("expand", (mixer.d_inner / config.hidden_size).max(1).into());
     put("time_step_rank", mixer.dt_rank.into());
     put("time_step_min", t.min.into());
     put("time_step_max", t.max.into());
@@ -136,7 +142,8 @@ pub(super) fn write_shared(config: &ModelConfig, model_type: &str, architecture:
     put("residual_in_fp32", config.residual_in_fp32.into());
     put("tie_word_embeddings", config.tie_embeddings.into());
     put("initializer_range", config.initializer_range.into());
-    put("rescale_prenorm_residual", config.rescale_residual.into());
+    // a fresh model's business: transformers would scale the weights it loads once more
+    put("rescale_prenorm_residual", false.into());
     put("bos_token_id", json!(config.tokens.bos));
     put(
         "eos_token_id",

@@ -103,7 +103,11 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
         return Err(Error::value("norm: eps", format!("{EPS}, as the original has it"), eps));
     }
     let t = &mixer.time_step;
-    let expand = mixer.d_inner as f64 / config.hidden_size as f64;
+    // the product is rounded down, so that a factor that is no whole number aims half a channel higher
+    let expand = match mixer.d_inner % config.hidden_size {
+        0 => json!(mixer.d_inner / config.hidden_size),
+        _ => json!((mixer.d_inner as f64 + 0.5) / config.hidden_size as f64),
+    };
     let value = json!({
         "d_model": config.hidden_size,
         "d_intermediate": mlp.map_or(0, |mlp| mlp.d_intermediate),
@@ -113,7 +117,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
             "layer": "Mamba1",
             "d_state": mixer.d_state,
             "d_conv": mixer.d_conv,
-            "expand": if expand.fract() == 0.0 { json!(expand as u64) } else { json!(expand) },
+            "expand": expand,
             "dt_rank": mixer.dt_rank,
             "dt_min": t.min,
             "dt_max": t.max,

@@ -106,6 +106,7 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
     // what cannot be told in the family's keys would come back as another model
     let mut back = read(path, value.clone())?;
     back.tokens = config.tokens.clone();
+    back.rescale_residual = config.rescale_residual;
     if back != *config {
         let reason = format!("the config of the family {} cannot tell of this model", config.family.name());
         return Err(Error::File { path: path.into(), reason });

@@ -75,38 +75,47 @@ impl Number for f16 {
 }
 
 /// Reads a tensor as `dtype`; the memory it takes is the result's and one block.
-pub(super) fn read_tensor(entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
-    let stored = entry.dtype.clone().map_err(|name| unreadable(entry, &name))?;
+pub(super) fn read_tensor(name: &str, entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
+    let wrong =
+        |reason: String| Error::File { path: entry.path.clone(), reason: format!("`{name}`: {reason}") };
+    let unreadable = |got: &str| wrong(format!("expected f64, f32, bf16 or f16, got {got}"));
+    let stored = entry.dtype.clone().map_err(|got| unreadable(&got))?;
+    // an empty tensor too has strides, which are products of the other sizes
+    let elements = entry.shape.iter().try_fold(1usize, |count, &n| count.checked_mul(n.max(1)));
+    if elements.is_none_or(|count| count > isize::MAX as usize / 8) {
+        return Err(wrong(format!("expected a shape that fits in memory, got {:?}", entry.shape)));
+    }
     let read = match dtype {
         DType::F64 => read_as::<f64>,
         DType::F32 => read_as::<f32>,
         DType::BF16 => read_as::<bf16>,
         DType::F16 => read_as::<f16>,
         DType::I64 if stored == DType::I64 => read_integers,
-        _ => return Err(unreadable(entry, &format!("{stored:?} as {dtype:?}"))),
+        _ => return Err(unreadable(&format!("{stored:?}"))),
     };
-    read(entry, stored, device)
+    read(entry, stored, device)?.ok_or_else(|| unreadable(&format!("{stored:?}")))
 }
 
-fn read_as<T: Number>(entry: &Entry, stored: DType, device: &Device) -> Result<Tensor> {
+/// `None` for a stored dtype that is no float.
+fn read_as<T: Number>(entry: &Entry, stored: DType, device: &Device) -> Result<Option<Tensor>> {
     let values = match stored {
         DType::F64 => numbers(entry, |b| T::from_stored(f64::read(b)), f64::BYTES),
         DType::F32 => numbers(entry, |b| T::from_stored(f32::read(b)), f32::BYTES),
         DType::BF16 => numbers(entry, |b| T::from_stored(bf16::read(b)), bf16::BYTES),
         DType::F16 => numbers(entry, |b| T::from_stored(f16::read(b)), f16::BYTES),
-        other => Err(unreadable(entry, &format!("{other:?}"))),
+        _ => return Ok(None),
     }?;
-    Ok(Tensor::from_vec(values, entry.shape.as_slice(), device)?)
+    Ok(Some(Tensor::from_vec(values, entry.shape.as_slice(), device)?))
 }
 
-fn read_integers(entry: &Entry, _: DType, device: &Device) -> Result<Tensor> {
+fn read_integers(entry: &Entry, _: DType, device: &Device) -> Result<Option<Tensor>> {
     let integer = |bytes: &[u8]| {
         let mut own = [0; 8];
         own.copy_from_slice(&bytes[..8]);
         i64::from_le_bytes(own)
     };
     let values = numbers(entry, integer, 8)?;
-    Ok(Tensor::from_vec(values, entry.shape.as_slice(), device)?)
+    Ok(Some(Tensor::from_vec(values, entry.shape.as_slice(), device)?))
 }
 
 /// Whether two tensors are of one dtype and shape and equal bit for bit.
@@ -148,11 +157,4 @@ fn numbers<T>(entry: &Entry, convert: impl Fn(&[u8]) -> T, bytes: usize) -> Resu
         values.extend(part.chunks_exact(bytes).map(&convert));
     }
     Ok(values)
-}
-
-fn unreadable(entry: &Entry, name: &str) -> Error {
-    Error::File {
-        path: entry.path.clone(),
-        reason: format!("expected f64, f32, bf16 or f16 weights, got {name}"),
-    }
 }

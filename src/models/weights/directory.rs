@@ -56,7 +56,7 @@ impl WeightFiles {
             unexpected: vec![],
             wrong: vec![],
         };
-        read_tensor(self.entries.get(name).ok_or_else(missing)?, dtype, device)
+        read_tensor(name, self.entries.get(name).ok_or_else(missing)?, dtype, device)
     }
 }
 
@@ -73,7 +73,7 @@ fn sharded(
     let map = map.ok_or_else(|| wrong("expected an object `weight_map`, tensor name to file name".into()))?;
     let mut shards: BTreeMap<&str, BTreeMap<String, Entry>> = BTreeMap::new();
     let mut entries = BTreeMap::new();
-    let mut absent = vec![];
+    let (mut absent, mut lost) = (vec![], vec![]);
     for (tensor, file) in map {
         let file =
             file.as_str().ok_or_else(|| wrong(format!("`{tensor}`: expected a file name, got {file}")))?;
@@ -84,7 +84,9 @@ fn sharded(
         if !shards.contains_key(file) {
             let shard = path.with_file_name(file);
             if !shard.is_file() {
-                return Err(wrong(format!("names the shard `{file}`, which is not there")));
+                shards.insert(file, BTreeMap::new());
+                lost.push(format!("`{file}`"));
+                continue;
             }
             shards.insert(file, open(&shard)?);
         }
@@ -92,6 +94,9 @@ fn sharded(
             Some(entry) => drop(entries.insert(tensor.clone(), entry.clone())),
             None => absent.push(format!("{tensor} in {file}")),
         }
+    }
+    if !lost.is_empty() {
+        return Err(wrong(format!("names shards that are not there: {}", lost.join(", "))));
     }
     if !absent.is_empty() {
         return Err(Error::Tensors { path: path.into(), missing: absent, unexpected: vec![], wrong: vec![] });

@@ -85,7 +85,7 @@ impl SafeTensorsFile {
         };
         let entry = self.entries.get(name).ok_or_else(missing)?;
         let stored = entry.dtype.clone().unwrap_or(DType::F32);
-        read_tensor(entry, dtype.unwrap_or(stored), device)
+        read_tensor(name, entry, dtype.unwrap_or(stored), device)
     }
 }
 

@@ -6,15 +6,21 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Files written so far.
+static WRITES: AtomicU64 = AtomicU64::new(0);
 
 /// Writes a file under a temporary name, syncs it and gives it its name; a failure leaves what was at `path`.
 pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     let Some(name) = path.file_name() else {
         return Err(Error::File { path: path.into(), reason: "expected the name of a file".into() });
     };
+    // no other writer of this path, in this process or another, has the same
+    let number = WRITES.fetch_add(1, Ordering::Relaxed);
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
-    temporary.push(format!(".{}.part", std::process::id()));
+    temporary.push(format!(".{}-{number}.part", std::process::id()));
     let temporary = path.with_file_name(temporary);
     let result = (|| {
         let file = File::create(&temporary).map_err(Error::io(path))?;
