@@ -1,8 +1,9 @@
 //! Few rows: the weights read once, at the speed of memory.
 //!
-//! A task takes some rows of the weight matrix and multiplies each with up to eight rows of `x`, which stay in the
-//! first cache. For every pair of rows there is one register of partial sums over the inputs and one sum over its lanes
-//! at the end, however many rows come together: a row's result does not depend on its neighbours.
+//! A task takes some rows of the weight matrix, one after another, so that memory is read in one stream, and multiplies
+//! each with up to eight rows of `x`, which stay in the first cache. For every pair of rows there are two registers of
+//! partial sums over the inputs and one sum over their lanes at the end, however many rows come together: a row's result
+//! does not depend on its neighbours.
 
 use super::Sizes;
 use super::matrix::Matrix;
@@ -14,12 +15,14 @@ use std::ops::Range;
 /// Rows of `x` that share one pass over the weights.
 const TOGETHER: usize = 8;
 /// Bytes of weights that make a task.
-const TASK: usize = 1 << 16;
+const TASK: usize = 1 << 17;
 /// Weights of fewer bytes are left to one thread: waking another takes longer.
 const SERIAL: usize = 1 << 18;
 
-/// How far ahead of its use, in bytes, a weight is asked of memory.
-const AHEAD: usize = 4096;
+/// How far ahead of its use, in bytes, a weight is asked of memory: as much as comes in while memory answers.
+const AHEAD: usize = 3072;
+/// Bytes that memory hands out together.
+const LINE: usize = 64;
 
 /// `x weight^T + bias`, where the rows of the weight are contiguous.
 pub(super) fn product<E: Element>(
@@ -35,7 +38,7 @@ pub(super) fn product<E: Element>(
     let mut y: Vec<E> = Vec::new();
     let outlet = Outlet::fresh(&mut y, rows * outputs);
     let row_bytes = (inputs * size_of::<E>()).max(1);
-    let task = (TASK / row_bytes).max(1).next_multiple_of(8);
+    let task = (TASK / row_bytes).max(8);
     let run = |start: usize| {
         let outputs = start..outputs.min(start + task);
         dispatch(FewRows { groups: &groups, weight, bias, outputs, y: &outlet });
@@ -94,87 +97,93 @@ impl<T: Real, E: Element<Real = T>> Kernel<T> for FewRows<'_, E> {
     fn run<S: Simd<T>>(self, s: S) {
         for group in self.groups {
             match group.rows {
-                1 => self.all::<S, 1, 4>(s, group),
-                2 => self.all::<S, 2, 4>(s, group),
-                3 => self.all::<S, 3, 4>(s, group),
-                4 => self.all::<S, 4, 4>(s, group),
-                5 => self.all::<S, 5, 2>(s, group),
-                6 => self.all::<S, 6, 2>(s, group),
-                7 => self.all::<S, 7, 2>(s, group),
-                _ => self.all::<S, TOGETHER, 2>(s, group),
+                1 => self.all::<S, 1>(s, group),
+                2 => self.all::<S, 2>(s, group),
+                3 => self.all::<S, 3>(s, group),
+                4 => self.all::<S, 4>(s, group),
+                5 => self.all::<S, 5>(s, group),
+                6 => self.all::<S, 6>(s, group),
+                7 => self.all::<S, 7>(s, group),
+                _ => self.all::<S, TOGETHER>(s, group),
             }
         }
     }
 }
 
 impl<T: Real, E: Element<Real = T>> FewRows<'_, E> {
-    /// `R` rows of `x` with all rows of the weight, `O` at a time.
+    /// `R` rows of `x` with all rows of the weight.
     #[inline(always)]
-    fn all<S: Simd<T>, const R: usize, const O: usize>(&self, s: S, group: &Group<T>) {
-        let Range { mut start, end } = self.outputs;
-        while start + O <= end {
-            self.some::<S, R, O>(s, group, start);
-            start += O;
-        }
-        while start < end {
-            self.some::<S, R, 1>(s, group, start);
-            start += 1;
-        }
-    }
-
-    /// `R` rows of `x` with `O` rows of the weight.
-    #[inline(always)]
-    fn some<S: Simd<T>, const R: usize, const O: usize>(&self, s: S, group: &Group<T>, output: usize) {
-        let n = self.weight.dims[1];
-        let w: [&[E]; O] = std::array::from_fn(|o| self.weight.row(output + o));
-        let step = R * S::LANES;
-        let mut sums = [[s.splat(T::ZERO); O]; R];
-        let mut i = 0;
-        let mut x = group.values.chunks_exact(step);
-        while i + S::LANES <= n {
-            let Some(x) = x.next() else { break };
-            // SAFETY: i + LANES <= n, the length of all rows.
-            let w = std::array::from_fn(|o| unsafe {
-                prefetch(w[o].as_ptr().wrapping_add(i).wrapping_byte_add(AHEAD));
-                E::load(s, w[o].as_ptr().add(i))
-            });
-            accumulate(s, &mut sums, &w, x);
-            i += S::LANES;
-        }
-        if let Some(x) = x.next() {
-            // SAFETY: n - i < LANES values are left in all rows.
-            let w = std::array::from_fn(|o| unsafe { E::load_first(s, w[o].as_ptr().add(i), n - i) });
-            accumulate(s, &mut sums, &w, x);
-        }
+    fn all<S: Simd<T>, const R: usize>(&self, s: S, group: &Group<T>) {
         let outputs = self.weight.dims[0];
-        for (r, sums) in sums.iter().enumerate() {
-            let to = self.y.at((group.first + r) * outputs + output, O);
-            for (o, &sum) in sums.iter().enumerate() {
-                let mut sum = s.sum(sum);
+        for output in self.outputs.clone() {
+            let sums = sums::<T, E, S, R>(s, self.weight.row(output), &group.values);
+            for (r, [even, odd]) in sums.into_iter().enumerate() {
+                let mut sum = s.sum(s.add(even, odd));
                 if let Some(bias) = self.bias {
-                    sum += bias[output + o].widen();
+                    sum += bias[output].widen();
                 }
-                // SAFETY: `at` checked the place; no other task has these outputs.
-                unsafe { to.add(o).write(E::narrow(sum)) };
+                let to = self.y.at((group.first + r) * outputs + output, 1);
+                // SAFETY: `at` checked the place; no other task has this output.
+                unsafe { to.write(E::narrow(sum)) };
             }
         }
     }
 }
 
-/// Adds the products of `O` registers of weights with `R` of `x`.
+/// One row of the weight with `R` rows of `x`: partial sums of the registers of even and of odd number.
 #[inline(always)]
-fn accumulate<T: Real, S: Simd<T>, const R: usize, const O: usize>(
+fn sums<T: Real, E: Element<Real = T>, S: Simd<T>, const R: usize>(
     s: S,
-    sums: &mut [[S::V; O]; R],
-    w: &[S::V; O],
+    weight: &[E],
+    x: &[T],
+) -> [[S::V; 2]; R] {
+    let mut sums = [[s.splat(T::ZERO); 2]; R];
+    let mut pairs = weight.chunks_exact(2 * S::LANES);
+    let mut x = x.chunks(2 * R * S::LANES);
+    for (w, x) in (&mut pairs).zip(&mut x) {
+        for byte in (0..2 * S::LANES * size_of::<E>()).step_by(LINE) {
+            prefetch(w.as_ptr().wrapping_byte_add(AHEAD + byte));
+        }
+        // SAFETY: w holds two registers.
+        let w = unsafe { [E::load(s, w.as_ptr()), E::load(s, w.as_ptr().add(S::LANES))] };
+        accumulate(s, &mut sums, w, x);
+    }
+    if let Some(x) = x.next() {
+        // a last register or two, the last of them not full: x has zeros there, and as many registers
+        let mut rest = pairs.remainder().chunks(S::LANES).map(|w| {
+            // SAFETY: w holds as many values.
+            unsafe {
+                if w.len() == S::LANES {
+                    E::load(s, w.as_ptr())
+                } else {
+                    E::load_first(s, w.as_ptr(), w.len())
+                }
+            }
+        });
+        if let Some(even) = rest.next() {
+            match rest.next() {
+                Some(odd) => accumulate(s, &mut sums, [even, odd], x),
+                None => accumulate(s, &mut sums, [even], x),
+            }
+        }
+    }
+    sums
+}
+
+/// Adds the products of `U` registers of the weight with as many of each row of `x`.
+#[inline(always)]
+fn accumulate<T: Real, S: Simd<T>, const R: usize, const U: usize>(
+    s: S,
+    sums: &mut [[S::V; 2]; R],
+    w: [S::V; U],
     x: &[T],
 ) {
-    assert_eq!(x.len(), R * S::LANES);
-    for (r, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: x holds R registers.
-        let x = unsafe { s.load(x.as_ptr().add(r * S::LANES)) };
-        for (sum, &w) in sums.iter_mut().zip(w) {
-            *sum = s.fma(w, x, *sum);
+    assert_eq!(x.len(), U * R * S::LANES);
+    for (u, &w) in w.iter().enumerate() {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: x holds U times R registers.
+            let x = unsafe { s.load(x.as_ptr().add((u * R + r) * S::LANES)) };
+            sums[u] = s.fma(w, x, sums[u]);
         }
     }
 }
@@ -185,8 +194,8 @@ fn prefetch<E>(p: *const E) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the instruction is part of x86_64 and never faults.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
