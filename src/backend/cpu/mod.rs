@@ -1,5 +1,5 @@
 //! The CPU back end: [`simd`] registers chosen at run time, [`math`] functions on them, strided [`view`]s of tensors,
-//! work in [`parallel`].
+//! work in [`parallel`], large results in [`memory`].
 
 pub(crate) mod math;
 pub(crate) mod memory;

@@ -1,5 +1,6 @@
 //! Read access to the data of CPU tensors, rows strided as the tensor has them, without copies.
 
+use super::memory;
 use super::simd::{Element, Real, Simd};
 use candle_core::{CpuStorage, Result, Shape, Storage, StorageRef, Tensor};
 use std::marker::PhantomData;
@@ -135,9 +136,21 @@ impl<'a, E> Outlet<'a, E> {
 
     /// To fill a vector of `length` values from scratch; its length is for the caller to set, once all are written.
     pub(crate) fn fresh(values: &'a mut Vec<E>, length: usize) -> Self {
-        values.clear();
-        values.reserve_exact(length);
+        *values = memory::with_capacity(length);
         Self { start: values.as_mut_ptr(), length, owner: PhantomData }
+    }
+
+    /// The same, filled with zeros first if `zeroed`.
+    pub(crate) fn fresh_or_zeroed(values: &'a mut Vec<E>, length: usize, zeroed: bool) -> Self
+    where
+        E: Element,
+    {
+        let outlet = Self::fresh(values, length);
+        if zeroed {
+            // SAFETY: there is room for `length` values; zero bits are a zero of every element type.
+            unsafe { outlet.start.write_bytes(0, length) };
+        }
+        outlet
     }
 
     /// The place of `count` values from `offset`; panics outside the buffer.

@@ -1,6 +1,7 @@
 //! Reading numbers of one type into a buffer of another.
 
 use super::Entry;
+use crate::backend::cpu::memory;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
@@ -149,7 +150,7 @@ fn open_at(entry: &Entry) -> Result<File> {
 fn numbers<T>(entry: &Entry, convert: impl Fn(&[u8]) -> T, bytes: usize) -> Result<Vec<T>> {
     let count: usize = entry.shape.iter().product();
     let mut file = open_at(entry)?;
-    let mut values = Vec::with_capacity(count);
+    let mut values = memory::with_capacity(count);
     let mut block = vec![0; BLOCK.min(count * bytes)];
     while values.len() < count {
         let part = &mut block[..((count - values.len()) * bytes).min(BLOCK)];

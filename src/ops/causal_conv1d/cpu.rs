@@ -231,11 +231,7 @@ fn typed<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Vec<(Storage, 
 
     let elements = batch * length * channels;
     let mut y: Vec<E> = Vec::new();
-    let outlet = Outlet::fresh(&mut y, elements);
-    if args.segments.is_some() {
-        // SAFETY: `at` checked the places; zero bits are a zero of every element type.
-        unsafe { outlet.at(0, elements).write_bytes(0, elements) };
-    }
+    let outlet = Outlet::fresh_or_zeroed(&mut y, elements, args.segments.is_some());
     parallel::map(&tasks, elements, |task| dispatch(Forward { problem: &problem, task, y: &outlet }));
     // SAFETY: padding was zeroed, and every other token lies in a sequence, whose tasks wrote all of its channels.
     unsafe { y.set_len(elements) };

@@ -96,16 +96,18 @@ impl Saved {
         let tasks = plan::tasks(&sequences, TILE, channels);
 
         let elements = batch * length * channels;
-        let mut dx = vec![E::zero(); elements];
+        let mut dx: Vec<E> = Vec::new();
         let mut initial_state = vec![E::Real::ZERO; batch * (taps - 1) * channels];
         let shared = Shared {
             dy: dy.rows::<E>()?,
             final_state: final_state.as_deref(),
-            dx: Outlet::new(&mut dx),
+            dx: Outlet::fresh_or_zeroed(&mut dx, elements, self.segments.is_some()),
             initial_state: Outlet::new(&mut initial_state),
         };
         let work = |task: &Task| dispatch(Backward { problem: &problem, shared: &shared, task });
         let partial = parallel::map(&tasks, elements, work);
+        // SAFETY: padding was zeroed, and every other token lies in a sequence, whose tasks wrote all of its channels.
+        unsafe { dx.set_len(elements) };
         let mut sums = vec![E::Real::ZERO; (taps + 1) * channels];
         for (task, partial) in tasks.iter().zip(partial) {
             for (sums, partial) in sums.chunks_mut(channels).zip(partial.chunks(task.channels.len())) {

@@ -56,24 +56,26 @@ impl<E: Element> Operands<'_, E> {
     ) -> Gradients<E> {
         let sizes = &self.sizes;
         let (tiles, n) = (self.plan.tiles.len(), sizes.states);
-        let sequence = || vec![E::narrow(E::Real::ZERO); sizes.batch * sizes.length * sizes.channels];
-        let share = |is_constant: bool| match is_constant {
-            true => vec![],
-            false => vec![E::Real::ZERO; sizes.batch * tiles * sizes.length * n],
-        };
-        let (mut u, mut delta, mut z) = (sequence(), sequence(), self.z.as_ref().map(|_| sequence()));
-        let mut shares = [share(constant(&self.b)), share(constant(&self.c))];
+        let elements = sizes.batch * sizes.length * sizes.channels;
+        let sequence = |values| Outlet::fresh_or_zeroed(values, elements, self.padded);
+        let share_sizes = [&self.b, &self.c].map(|coefficient| match constant(coefficient) {
+            true => 0,
+            false => sizes.batch * tiles * sizes.length * n,
+        });
+        let (mut u, mut delta, mut z) = (Vec::new(), Vec::new(), self.z.as_ref().map(|_| Vec::new()));
+        let mut shares: [Vec<E::Real>; 2] = [vec![], vec![]];
         let zeros = vec![E::Real::ZERO; sizes.batch * sizes.channels * n];
         let dstate = to_blocks(&self.plan, self.lanes, n, dstate.unwrap_or(&zeros));
         let pieces = self.pieces();
         let ends = self.ends(&pieces, dy.as_ref(), &dstate);
         let sums: Vec<Sums<E::Real>> = {
             let [b, c] = &mut shares;
+            let share = |values, size| Outlet::fresh_or_zeroed(values, size, self.padded);
             let outlets = Outlets {
-                u: Outlet::new(&mut u),
-                delta: Outlet::new(&mut delta),
-                z: z.as_mut().map(|z| Outlet::new(z)),
-                bc: [Outlet::new(b), Outlet::new(c)],
+                u: sequence(&mut u),
+                delta: sequence(&mut delta),
+                z: z.as_mut().map(sequence),
+                bc: [share(b, share_sizes[0]), share(c, share_sizes[1])],
             };
             let back = |(piece, state): (&Piece, Vec<E::Real>)| {
                 let back = Back { operands: self, piece, state, kept, dy: dy.as_ref(), outlets: &outlets };
@@ -81,6 +83,15 @@ impl<E: Element> Operands<'_, E> {
             };
             pieces.par_iter().zip(ends).map(back).collect()
         };
+        // SAFETY: padding was zeroed, and the pieces wrote every other token.
+        unsafe {
+            for sequence in [Some(&mut u), Some(&mut delta), z.as_mut()].into_iter().flatten() {
+                sequence.set_len(elements);
+            }
+            for (share, size) in shares.iter_mut().zip(share_sizes) {
+                share.set_len(size);
+            }
+        }
         let first = pieces.iter().zip(&sums).filter(|(piece, _)| piece.span == 0);
         let mut initial: Vec<E::Real> = first.flat_map(|(_, sums)| sums.state.iter().copied()).collect();
         if sizes.length == 0 {

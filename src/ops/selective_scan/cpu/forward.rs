@@ -42,19 +42,25 @@ impl<E: Element> Operands<'_, E> {
     /// Scans; keeps the states before the chunks where asked.
     pub(in super::super) fn forward(&self, keep: bool) -> Scanned<E> {
         let sizes = &self.sizes;
-        let mut y = vec![E::narrow(E::Real::ZERO); sizes.batch * sizes.length * sizes.channels];
-        let kept = if keep { sizes.batch * self.plan.chunks * self.row_size() } else { 0 };
-        let mut kept = vec![E::Real::ZERO; kept];
+        let elements = sizes.batch * sizes.length * sizes.channels;
+        let states = if keep { sizes.batch * self.plan.chunks * self.row_size() } else { 0 };
+        let (mut y, mut kept): (Vec<E>, Vec<E::Real>) = (Vec::new(), Vec::new());
         let pieces = self.pieces();
         let starts = self.starts(&pieces);
         let ends: Vec<Vec<E::Real>> = {
-            let (y, kept) = (Outlet::new(&mut y), Outlet::new(&mut kept));
+            let y = Outlet::fresh_or_zeroed(&mut y, elements, self.padded);
+            let kept = Outlet::fresh(&mut kept, states);
             let walk = |(piece, state): (&Piece, Vec<E::Real>)| {
                 let kept = keep.then_some(&kept);
                 E::Real::dispatch_on(self.isa, Walk { operands: self, piece, state, y: &y, kept })
             };
             pieces.par_iter().zip(starts).map(walk).collect()
         };
+        // SAFETY: padding was zeroed; the pieces wrote every other token, and the states before every chunk.
+        unsafe {
+            y.set_len(elements);
+            kept.set_len(states);
+        }
         // the end of a tile's last span is its part of the row's final state
         let last = pieces.iter().zip(&ends).filter(|(piece, _)| piece.span + 1 == self.plan.spans.len());
         let mut state: Vec<E::Real> = last.flat_map(|(_, end)| end.iter().copied()).collect();

@@ -98,6 +98,8 @@ pub(super) struct Operands<'a, E: Element> {
     isa: Isa,
     lanes: usize,
     segments: Segments,
+    /// Whether there may be tokens of no sequence.
+    padded: bool,
     u: Rows<'a, E>,
     delta: Rows<'a, E>,
     z: Option<Rows<'a, E>>,
@@ -148,6 +150,7 @@ impl<'a, E: Element> Operands<'a, E> {
                 .map(|state| Ok::<_, crate::Error>(to_blocks(&plan, lanes, n, &flat(state)?)))
                 .transpose()?,
             segments: Segments::or_whole(args.segments, sizes.batch, sizes.length),
+            padded: args.segments.is_some(),
             isa,
             lanes,
             sizes,
