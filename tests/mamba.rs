@@ -119,28 +119,33 @@ fn gradients_equal_finite_differences() {
 #[test]
 fn splits_change_no_output_state_or_gradient() {
     let mut random = Random::new(2);
-    for config in configs() {
-        for length in [1, 2, 9, 33] {
-            let case = Case::new(config.clone(), 2, length, &mut random);
+    // whole registers of channels and states, and a ragged rest of each
+    let wide = MambaConfig { d_inner: 40, d_state: 18, ..MambaConfig::new(20) };
+    let small = configs().into_iter().flat_map(|config| [1, 2, 9, 33].map(|length| (config.clone(), length)));
+    for (config, length) in small.chain([(wide, 70)]) {
+        let case = Case::new(config.clone(), 2, length, &mut random);
+        let mut splits = vec![vec![1; length], vec![length]];
+        if length == 9 {
+            splits.extend((1..length).map(|n| vec![n, length - n]));
+        } else {
             let parts = random.int(1, length.min(5));
-            let mut splits = vec![random.split(length, parts, 1), vec![1; length]];
-            splits.push(vec![length]);
-            let want = gradients(&case.inputs, |inputs| whole(&config, inputs, None));
-            for split in splits {
-                let got = gradients(&case.inputs, |inputs| {
-                    let layer = layer(&config, &inputs[3..])?;
-                    let mut state = MambaState { conv: inputs[1].clone(), scan: inputs[2].clone() };
-                    let (mut start, mut ys) = (0, vec![]);
-                    for &n in &split {
-                        ys.push(layer.forward_with_state(&inputs[0].narrow(1, start, n)?, &mut state)?);
-                        start += n;
-                    }
-                    Ok(vec![Tensor::cat(&ys, 1)?, state.conv, state.scan])
-                });
-                let what = format!("{config:?} cut into {split:?}");
-                all_close(&what, &[], &got.0, &want.0, 1e-12);
-                all_close(&what, &case.names, &got.1, &want.1, 1e-10);
-            }
+            splits.push(random.split(length, parts, 1));
+        }
+        let want = gradients(&case.inputs, |inputs| whole(&config, inputs, None));
+        for split in splits {
+            let got = gradients(&case.inputs, |inputs| {
+                let layer = layer(&config, &inputs[3..])?;
+                let mut state = MambaState { conv: inputs[1].clone(), scan: inputs[2].clone() };
+                let (mut start, mut ys) = (0, vec![]);
+                for &n in &split {
+                    ys.push(layer.forward_with_state(&inputs[0].narrow(1, start, n)?, &mut state)?);
+                    start += n;
+                }
+                Ok(vec![Tensor::cat(&ys, 1)?, state.conv, state.scan])
+            });
+            let what = format!("{config:?} cut into {split:?}");
+            all_close(&what, &[], &got.0, &want.0, 1e-12);
+            all_close(&what, &case.names, &got.1, &want.1, 1e-10);
         }
     }
 }

@@ -1,10 +1,11 @@
-//! Training steps: micro-batches, carried states, packing, bad input, and a model that learns.
+//! Training steps: micro-batches, carried states, packing, bad input, deep stacks, and a model that learns.
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::{Random, assert_close, values};
-use subquadratic::models::{LanguageModel, ModelConfig};
+use subquadratic::generate::{GenerationConfig, generate};
+use subquadratic::models::{LanguageModel, MixerConfig, ModelConfig};
 use subquadratic::ops::Segments;
 use subquadratic::train::{AdamW, Batch, Gradients, IGNORE, Schedule, Trainer, TrainerConfig, cross_entropy};
 
@@ -185,4 +186,40 @@ fn bad_batches_and_settings_are_named() {
     let mut bad = config();
     bad.optimizer.beta2 = 1.0;
     assert!(Trainer::new(tiny(6, DType::F32), bad).unwrap_err().to_string().contains("beta2"));
+}
+
+/// candle walks and drops graphs by recursion, which a stack of blocks this deep would overflow many times over.
+#[test]
+fn deep_models_train_and_generate_on_a_small_stack() {
+    let run = || {
+        let mut config = ModelConfig::mamba(4, 2000, 30);
+        for block in &mut config.blocks {
+            let MixerConfig::Mamba(mixer) = &mut block.mixer else { unreachable!() };
+            (mixer.d_inner, mixer.d_state) = (4, 2);
+        }
+        let mut random = Random::new(13);
+        let batch = cut(&ids(&mut random, 2, 6), 0..2, 0..5);
+        let mut reports = vec![];
+        for recompute in [false, true] {
+            let mut model = LanguageModel::init(&config, 7, DType::F32, &Device::Cpu).unwrap();
+            model.set_recompute(recompute);
+            let mut trainer = Trainer::new(model, self::config()).unwrap();
+            // no graph is left over where nothing counts, nor where a target is wrong
+            let mut ignored = batch.clone();
+            ignored.targets = Tensor::full(IGNORE, (2, 5), &Device::Cpu).unwrap();
+            ignored.stream = 1;
+            let mut wrong = batch.clone();
+            wrong.targets = Tensor::full(30u32, (2, 5), &Device::Cpu).unwrap();
+            assert!(trainer.step(&[batch.clone(), wrong]).is_err());
+            let report = trainer.step(&[batch.clone(), ignored]).unwrap();
+            assert!(trainer.evaluate([Ok(batch.clone())]).unwrap() < report.loss);
+            reports.push(report);
+            let tokens =
+                generate(trainer.model(), &[vec![1u32, 2], vec![3]], GenerationConfig::greedy(3)).unwrap();
+            assert_eq!(tokens.concat().len(), 6);
+        }
+        let [a, b] = &reports[..] else { unreachable!() };
+        assert!(a.loss == b.loss && (a.gradient_norm / b.gradient_norm - 1.0).abs() < 1e-5, "{reports:?}");
+    };
+    std::thread::Builder::new().stack_size(2 << 20).spawn(run).unwrap().join().unwrap();
 }
