@@ -12,7 +12,7 @@ pub mod norm;
 pub mod segments;
 pub mod selective_scan;
 
-pub use activation::{sigmoid, silu, silu_gate, softplus};
+pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use linear::linear;
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
