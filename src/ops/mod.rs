@@ -7,6 +7,7 @@
 
 pub mod activation;
 pub mod causal_conv1d;
+mod form;
 pub mod linear;
 pub mod norm;
 pub mod segments;
@@ -14,6 +15,7 @@ pub mod selective_scan;
 
 pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
+pub use form::Form;
 pub use linear::linear;
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
 pub use segments::Segments;
