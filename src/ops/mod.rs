@@ -6,18 +6,22 @@
 //! are batch first.
 
 pub mod activation;
+pub mod attention;
 pub mod causal_conv1d;
 mod form;
 pub mod linear;
+pub mod modal_conv;
 pub mod norm;
 pub mod rotary;
 pub mod segments;
 pub mod selective_scan;
 
 pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
+pub use attention::{Attention, attention};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use form::Form;
 pub use linear::linear;
+pub use modal_conv::{ModalConv, Poles, modal_conv};
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
 pub use rotary::{Positions, Rotary, RotaryStyle, rotary};
 pub use segments::Segments;
