@@ -7,15 +7,19 @@
 //! Every mixer follows the streaming law: how a sequence is cut into calls, packed with others or padded does not
 //! change its outputs, its final state or its gradients.
 
+pub mod attention;
 mod linear;
 pub mod mamba;
 mod mlp;
+pub mod modal_hyena;
 mod norm;
 pub(crate) mod parameter;
 pub(crate) mod state;
 
+pub use attention::{Attention, AttentionConfig, AttentionState};
 pub use mamba::{Mamba, MambaConfig, MambaState};
 pub use mlp::{Mlp, MlpConfig, MlpGate};
+pub use modal_hyena::{ModalHyena, ModalHyenaConfig, ModalHyenaState};
 pub use norm::{LayerNorm, NormConfig, NormLayer, RmsNorm};
 pub use parameter::Parameter;
 pub use state::LayerState;

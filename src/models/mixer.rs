@@ -1,19 +1,28 @@
 //! The mixers that a block may have: a line for each in every place that must tell them apart.
 
 use super::Form;
-use crate::Result;
-use crate::layers::{LayerState, Mamba, MambaConfig, MambaState, Parameter};
+use crate::layers::{
+    Attention, AttentionConfig, AttentionState, LayerState, Mamba, MambaConfig, MambaState, ModalHyena,
+    ModalHyenaConfig, ModalHyenaState, Parameter,
+};
 use crate::ops::Segments;
+use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
 /// What mixes along the sequence.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum MixerConfig {
     /// [`layers::Mamba`](crate::layers::Mamba)
     Mamba(MambaConfig),
+    /// [`layers::Attention`](crate::layers::Attention)
+    Attention(AttentionConfig),
+    /// [`layers::ModalHyena`](crate::layers::ModalHyena)
+    ModalHyena(ModalHyenaConfig),
 }
 
 impl MixerConfig {
@@ -21,18 +30,24 @@ impl MixerConfig {
     pub fn parameters(&self) -> Vec<Parameter> {
         match self {
             Self::Mamba(config) => config.parameters(),
+            Self::Attention(config) => config.parameters(),
+            Self::ModalHyena(config) => config.parameters(),
         }
     }
 
     pub(crate) fn width(&self) -> usize {
         match self {
             Self::Mamba(config) => config.d_model,
+            Self::Attention(config) => config.d_model,
+            Self::ModalHyena(config) => config.d_model,
         }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         match self {
             Self::Mamba(config) => config.validate(),
+            Self::Attention(config) => config.validate(),
+            Self::ModalHyena(config) => config.validate(),
         }
     }
 
@@ -42,6 +57,11 @@ impl MixerConfig {
             Self::Mamba(c) => {
                 format!("mamba d_inner {} d_state {} d_conv {}", c.d_inner, c.d_state, c.d_conv)
             }
+            Self::Attention(c) => {
+                let (window, rotary) = (c.window.unwrap_or(0), c.rotary);
+                format!("attention {} x {} window {window} {rotary:?}", c.kv_heads, c.head_dim)
+            }
+            Self::ModalHyena(c) => format!("modal_hyena {} taps {} {:?}", c.d_model, c.short_taps, c.filter),
         }
     }
 
@@ -49,6 +69,8 @@ impl MixerConfig {
     pub(crate) fn init(&self, rng: &mut impl Rng, residual_scale: f64) -> Result<Vec<(String, Tensor)>> {
         match self {
             Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
+            Self::Attention(config) => config.init(rng, residual_scale),
+            Self::ModalHyena(config) => ModalHyena::init(config, rng, residual_scale),
         }
     }
 }
@@ -57,12 +79,16 @@ impl MixerConfig {
 #[derive(Clone, Debug)]
 pub(crate) enum Mixer {
     Mamba(Mamba),
+    Attention(Attention),
+    ModalHyena(ModalHyena),
 }
 
 impl Mixer {
     pub(crate) fn new(config: &MixerConfig, vb: VarBuilder) -> Result<Self> {
         Ok(match config {
             MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
+            MixerConfig::Attention(config) => Self::Attention(Attention::new(config, vb)?),
+            MixerConfig::ModalHyena(config) => Self::ModalHyena(ModalHyena::new(config, vb)?),
         })
     }
 
@@ -78,6 +104,15 @@ impl Mixer {
             (Self::Mamba(mixer), Some(MixerState::Mamba(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
+            (Self::Attention(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Attention(mixer), Some(MixerState::Attention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (Self::ModalHyena(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::ModalHyena(mixer), Some(MixerState::ModalHyena(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (_, Some(state)) => Err(Error::value("state", "one of this mixer", state.mixer())),
         }
     }
 
@@ -85,13 +120,15 @@ impl Mixer {
     pub(crate) fn init_state(&self, batch: usize) -> Result<MixerState> {
         Ok(match self {
             Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
+            Self::Attention(mixer) => MixerState::Attention(mixer.init_state(batch)?),
+            Self::ModalHyena(mixer) => MixerState::ModalHyena(mixer.init_state(batch)?),
         })
     }
 
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
     pub(crate) fn set_form(&mut self, _: Form) -> bool {
         match self {
-            Self::Mamba(_) => false,
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) => false,
         }
     }
 }
@@ -102,6 +139,10 @@ impl Mixer {
 pub enum MixerState {
     /// See [`MambaState`].
     Mamba(MambaState),
+    /// See [`AttentionState`].
+    Attention(AttentionState),
+    /// See [`ModalHyenaState`].
+    ModalHyena(ModalHyenaState),
 }
 
 impl MixerState {
@@ -109,6 +150,8 @@ impl MixerState {
     pub(crate) fn mixer(&self) -> &'static str {
         match self {
             Self::Mamba(_) => "mamba",
+            Self::Attention(_) => "attention",
+            Self::ModalHyena(_) => "modal_hyena",
         }
     }
 
@@ -117,10 +160,17 @@ impl MixerState {
     pub(crate) fn from_tensors(
         mixer: &str,
         get: impl Fn(&str) -> Result<Tensor>,
-        _positions: &[usize],
+        positions: &[usize],
     ) -> Result<Option<Self>> {
         Ok(match mixer {
             "mamba" => Some(Self::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? })),
+            // the window comes from the layer, where the state is used
+            "attention" => {
+                Some(Self::Attention(AttentionState::new(get("k")?, get("v")?, positions.to_vec(), None)))
+            }
+            "modal_hyena" => {
+                Some(Self::ModalHyena(ModalHyenaState { short: get("short")?, filter: get("filter")? }))
+            }
             _ => None,
         })
     }
@@ -130,24 +180,32 @@ impl LayerState for MixerState {
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Self::Mamba(state) => state.tensors(),
+            Self::Attention(state) => state.tensors(),
+            Self::ModalHyena(state) => state.tensors(),
         }
     }
 
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
         match self {
             Self::Mamba(state) => state.tensors_mut(),
+            Self::Attention(state) => state.tensors_mut(),
+            Self::ModalHyena(state) => state.tensors_mut(),
         }
     }
 
     fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
         match self {
             Self::Mamba(state) => state.positions_mut(),
+            Self::Attention(state) => state.positions_mut(),
+            Self::ModalHyena(state) => state.positions_mut(),
         }
     }
 
     fn reset(&mut self) -> Result<()> {
         match self {
             Self::Mamba(state) => state.reset(),
+            Self::Attention(state) => state.reset(),
+            Self::ModalHyena(state) => state.reset(),
         }
     }
 }

@@ -3,9 +3,11 @@
 use crate::layers::Parameter;
 use crate::layers::parameter::check_sizes;
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// How a time step projection starts out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TimeStepScheme {
     /// Uniform in `±scale dt_rank^-1/2`.
     Random,
@@ -14,7 +16,8 @@ pub enum TimeStepScheme {
 }
 
 /// The range of the time steps at initialisation: `dt = exp(U[ln min, ln max])`, at least `floor`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TimeStepInit {
     /// The shortest step.
     pub min: f64,
@@ -35,7 +38,8 @@ impl Default for TimeStepInit {
 }
 
 /// The sizes and options of a [`Mamba`](super::Mamba) layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MambaConfig {
     /// Width of input and output, `D`.
     pub d_model: usize,

@@ -103,6 +103,7 @@ pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f6
 pub(super) fn mamba_mixer(mixer: &MixerConfig) -> Result<&MambaConfig> {
     match mixer {
         MixerConfig::Mamba(config) => Ok(config),
+        _ => Err(Error::value("mixer", "Mamba, the only one of this family", "another")),
     }
 }
 

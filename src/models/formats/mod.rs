@@ -6,6 +6,9 @@
 //! | [`Family::Mamba`] | `"model_type": "mamba"` | transformers (`state-spaces/mamba-*-hf`) |
 //! | [`Family::FalconMamba`] | `"model_type": "falcon_mamba"` | transformers (`tiiuae/falcon-mamba-*`) |
 //! | [`Family::MambaOriginal`] | `d_model` and `n_layer`, no `model_type` | mamba-ssm (`state-spaces/mamba-*`) |
+//! | [`Family::StripedHyena`] | `"model_type": "stripedhyena"`, or `hyena_layer_idxs` | stripedhyena (StripedHyena, Evo) |
+//! | [`Family::Evo2`] | `hcl_layer_idxs` | vtx (Evo 2) |
+//! | [`Family::Hybrid`] | `"model_type": "subquadratic"` | this crate's own, for any blocks |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -16,20 +19,23 @@
 //! 4. it is unknown, but `null`, `false` or empty, as an absent feature is written: ignored;
 //! 5. anything else is refused by name, for it might change the function.
 
+mod evo2;
 mod falcon_mamba;
+mod hybrid;
 mod keys;
 mod mamba_hf;
 mod mamba_original;
+mod striped_hyena;
 
-use super::ModelConfig;
+use super::{ModelConfig, SpecialTokens};
 use crate::{Error, Result};
 use candle_core::DType;
 use keys::Keys;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// A checkpoint family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Family {
     /// transformers' `mamba`.
@@ -38,6 +44,13 @@ pub enum Family {
     MambaOriginal,
     /// transformers' `falcon_mamba`.
     FalconMamba,
+    /// The package stripedhyena and its directories for transformers: StripedHyena, Evo.
+    StripedHyena,
+    /// The package vtx: Evo 2.
+    Evo2,
+    /// This crate's own layout, for any blocks.
+    #[default]
+    Hybrid,
 }
 
 impl Family {
@@ -47,14 +60,19 @@ impl Family {
             Self::Mamba => "mamba",
             Self::MambaOriginal => "mamba (original)",
             Self::FalconMamba => "falcon_mamba",
+            Self::StripedHyena => "stripedhyena",
+            Self::Evo2 => "evo2",
+            Self::Hybrid => "hybrid",
         }
     }
 
     /// The name that this family's files have for a parameter of ours.
     pub(crate) fn upstream_name(self, own: &str) -> String {
         match self {
-            Self::Mamba | Self::FalconMamba => own.to_string(),
+            Self::Mamba | Self::FalconMamba | Self::Hybrid => own.to_string(),
             Self::MambaOriginal => mamba_original::upstream_name(own),
+            Self::StripedHyena => striped_hyena::upstream_name(own, "backbone."),
+            Self::Evo2 => striped_hyena::upstream_name(own, ""),
         }
     }
 
@@ -63,8 +81,14 @@ impl Family {
         match self {
             // files converted early call the embedding as the original does; transformers reads them too
             Self::Mamba | Self::MambaOriginal => mamba_original::own_name(upstream),
-            Self::FalconMamba => upstream.to_string(),
+            Self::FalconMamba | Self::Hybrid => upstream.to_string(),
+            Self::StripedHyena | Self::Evo2 => striped_hyena::own_name(upstream),
         }
+    }
+
+    /// Whether files of this family hold the tensor without need.
+    pub(crate) fn ignores(self, upstream: &str) -> bool {
+        matches!(self, Self::StripedHyena | Self::Evo2) && striped_hyena::ignores(upstream)
     }
 }
 
@@ -74,10 +98,17 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
     let config = match keys.text("model_type")?.as_deref() {
         Some("mamba") => mamba_hf::read(&keys)?,
         Some("falcon_mamba") => falcon_mamba::read(&keys)?,
-        Some(other) => return Err(keys.wrong("model_type", "mamba or falcon_mamba", other)),
+        Some("stripedhyena") => striped_hyena::read(&keys)?,
+        Some("evo2") => evo2::read(&keys)?,
+        Some(hybrid::MODEL_TYPE) => hybrid::read(&keys)?,
+        Some(other) => {
+            return Err(keys.wrong("model_type", "mamba, falcon_mamba, stripedhyena or evo2", other));
+        }
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
+        None if keys.has("hcl_layer_idxs") => evo2::read(&keys)?,
+        None if keys.has("hyena_layer_idxs") || keys.has("attn_layer_idxs") => striped_hyena::read(&keys)?,
         None => {
-            let expected = "mamba or falcon_mamba (or the keys d_model and n_layer of the original layout)";
+            let expected = "mamba, falcon_mamba, stripedhyena or evo2 (or the keys by which a layout without it is known)";
             return Err(keys.wrong("model_type", expected, "nothing"));
         }
     };
@@ -92,6 +123,9 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::Mamba => mamba_hf::write(config),
         Family::MambaOriginal => mamba_original::write(config),
         Family::FalconMamba => falcon_mamba::write(config),
+        Family::StripedHyena => striped_hyena::write(config),
+        Family::Evo2 => evo2::write(config),
+        Family::Hybrid => hybrid::write(config),
     }?;
     if config.family != Family::MambaOriginal {
         let name = match dtype {
@@ -115,6 +149,18 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
 }
 
 type Object = Map<String, Value>;
+
+/// `bos_token_id`, `eos_token_id` (one or several) and `pad_token_id`.
+fn put_tokens(keys: &mut Object, tokens: &SpecialTokens) {
+    let eos = match tokens.eos.as_slice() {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    };
+    keys.insert("bos_token_id".into(), json!(tokens.bos));
+    keys.insert("eos_token_id".into(), eos);
+    keys.insert("pad_token_id".into(), json!(tokens.pad));
+}
 
 /// The one value that all blocks share, as the families here have it.
 fn common<T: PartialEq>(name: &str, mut values: impl Iterator<Item = T>) -> Result<T> {

@@ -24,9 +24,11 @@ pub use reference::rotary_reference;
 use super::Segments;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 /// Which channels form a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RotaryStyle {
     /// `i` and `i + R/2`
     Half,
