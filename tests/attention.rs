@@ -89,6 +89,9 @@ fn every_dtype_is_near_f64() {
             let want = case.all(&exact, attention);
             for (i, (got, want)) in case.all(&low, attention).iter().zip(&want).enumerate() {
                 assert_eq!(got.dtype(), dtype);
+                // where every query sees one key, products have no gradient
+                let nothing = values(want).iter().all(|x| x.abs() < 1e-9);
+                let want = if nothing { &want.zeros_like().unwrap() } else { want };
                 let tolerance = 16.0 * rounding(DType::F32) + 8.0 * rounding(dtype);
                 assert_close(&format!("{dtype:?} result {i}"), got, want, tolerance);
             }

@@ -76,7 +76,7 @@ impl Case {
     /// All forms, kinds and sets of parameters over random sizes, groups of at least `least` channels.
     fn all(seed: u64, least: usize) -> impl Iterator<Item = Self> {
         let mut random = Random::new(seed);
-        let kinds = [NormKind::Rms, NormKind::RmsOutside, NormKind::Layer];
+        let kinds = [NormKind::Rms, NormKind::Layer, NormKind::RmsOutside];
         let forms = [Form::Plain, Form::Add, Form::GateBefore, Form::GateAfter];
         let all = kinds.into_iter().flat_map(move |kind| forms.map(|form| (kind, form)));
         all.flat_map(|(kind, form)| [0, 1, 2, 3].map(|flags| (kind, form, flags))).map(

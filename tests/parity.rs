@@ -1,4 +1,5 @@
-//! The logits of transformers, from the checkpoints of tests/fixtures (see make.py there).
+//! The logits of transformers and of the families' own packages, from the checkpoints of tests/fixtures (see make.py and
+//! make_striped.py there).
 
 mod common;
 
@@ -10,7 +11,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 7] = [
+const FIXTURES: [&str; 11] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -18,7 +19,14 @@ const FIXTURES: [&str; 7] = [
     "mamba-original",
     "mamba-original-bin",
     "mamba-original-mlp",
+    "striped-hyena",
+    "evo-bf16",
+    "evo2",
+    "jamba",
 ];
+
+/// Those made by make_striped.py.
+const STRIPED: [&str; 4] = ["striped-hyena", "evo-bf16", "evo2", "jamba"];
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -62,7 +70,13 @@ fn check(dtype: DType, tolerance: f64, worst: f64) {
         for prefill in [0, 1, 2, 7, length - 1, length] {
             let got = stepped(&model, ids, prefill).unwrap();
             assert_near(&format!("{what}, {prefill} tokens prefilled"), &got, want);
-            assert_near(&format!("{what}, its cache"), &got, &expected["decode"]);
+            // the package stripedhyena rounds a state to f32
+            let rounded = if STRIPED.contains(&name) { 1e-6 } else { 0.0 };
+            let (rms, max) = relative_errors(&got, &expected["decode"]);
+            assert!(
+                rms <= tolerance + rounded && max <= worst + rounded,
+                "{what}, its cache: {rms:.1e}, {max:.1e}"
+            );
         }
         let mut state = model.init_state(ids.dim(0).unwrap()).unwrap();
         let last = model.prefill(ids, None, &mut state).unwrap();

@@ -1,6 +1,8 @@
 //! The operators of `subquadratic::ops`.
 
+pub mod attention;
 pub mod causal_conv1d;
 pub mod linear;
+pub mod modal_conv;
 pub mod norm;
 pub mod selective_scan;

@@ -25,6 +25,9 @@ pub struct Arguments {
     /// The text to continue [default: "And ", after training]
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+    /// Train a hybrid of these blocks, as in "mamba*3 attention", one after another
+    #[arg(long, value_name = "WORDS", conflicts_with = "model")]
+    pattern: Option<String>,
     /// Seed of initialisation and sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -119,7 +122,11 @@ impl Session {
         } else {
             let settings = training.settings(&family.defaults);
             let (text, data) = read(&settings)?;
-            let config = (family.config)(settings.hidden, settings.layers, 256);
+            let config = match &arguments.pattern {
+                Some(pattern) => ModelConfig::striped(pattern, settings.hidden, 256)?,
+                None => (family.config)(settings.hidden, settings.layers, 256),
+            };
+            let settings = Settings { layers: config.blocks.len(), ..settings };
             let mut model = LanguageModel::init(&config, arguments.seed, place.dtype, &device)?;
             model.set_recompute(training.recompute);
             let schedule = training.limit()?.schedule(settings.lr, 0, 0.0);

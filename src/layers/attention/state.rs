@@ -91,7 +91,7 @@ impl AttentionState {
             let last = |x: &Tensor| -> Result<Tensor> {
                 // a slice of a window would keep the whole alive
                 let part = x.narrow(1, total - kept, kept)?;
-                Ok(if kept < total { part.force_contiguous()? } else { part })
+                Ok(if kept < total { part.force_contiguous()? } else { part.contiguous()? })
             };
             let next = [last(&k)?, last(&v)?];
             return Ok(Sight { k, v, keys: causal(batch, length, total, window), next });

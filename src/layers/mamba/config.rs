@@ -55,8 +55,11 @@ pub struct MambaConfig {
     pub bias: bool,
     /// A bias on the convolution.
     pub conv_bias: bool,
-    /// Weightless RMS norms with this epsilon on dt (before `dt_proj`), B and C, as FalconMamba has them.
+    /// RMS norms with this epsilon on dt (before `dt_proj`), B and C, as FalconMamba and Jamba have them.
     pub inner_norm_eps: Option<f64>,
+    /// Weights on these norms, `dt_layernorm`, `b_layernorm` and `c_layernorm`, as Jamba has them.
+    #[serde(default)]
+    pub inner_norm_weight: bool,
     /// Used by [`Mamba::init`](super::Mamba::init) only.
     pub time_step: TimeStepInit,
 }
@@ -73,6 +76,7 @@ impl MambaConfig {
             bias: false,
             conv_bias: true,
             inner_norm_eps: None,
+            inner_norm_weight: false,
             time_step: TimeStepInit::default(),
         }
     }
@@ -114,6 +118,11 @@ impl MambaConfig {
         all.push(Parameter::new("conv1d.weight", &[inner, 1, self.d_conv]));
         if self.conv_bias {
             all.push(Parameter::new("conv1d.bias", &[inner]));
+        }
+        for (name, width) in [("dt", self.dt_rank), ("b", n), ("c", n)] {
+            if self.inner_norm_weight {
+                all.push(Parameter::new(&format!("{name}_layernorm.weight"), &[width]));
+            }
         }
         let selected = self.dt_rank.saturating_add(n.saturating_mul(2));
         all.extend([

@@ -18,7 +18,8 @@ pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
     let heads = keys.required_size("num_attention_heads")?;
     let layers = layers(keys)?;
     keys.only("hyena_flip_x1x2", &json!(false))?;
-    keys.ignore(&["hyena_filter_groups", "num_filters"]);
+    // long filters are never shared, whatever these say
+    keys.ignore(&["hyena_filter_groups", "hcl_filter_groups", "num_filters"]);
     let order = match (keys.flag("interleave", false)?, keys.flag("column_split_hyena", true)?) {
         (true, false) => ChannelOrder::Interleaved,
         (false, true) => ChannelOrder::Columns { heads },
@@ -30,10 +31,8 @@ pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
         false => QkvLayout::Joint,
     };
     let groups = |key: &str| Ok::<_, Error>(keys.size(key)?.unwrap_or(hidden_size));
-    let long = HyenaFilter::Real {
-        states: keys.size("state_size")?.unwrap_or(16),
-        groups: groups("hcl_filter_groups")?,
-    };
+    let states = keys.size("state_size")?.unwrap_or(16);
+    let long = HyenaFilter::Real { states, groups: hidden_size };
     let taps = |length: &str, default: usize, filter_groups: &str| -> Result<HyenaFilter> {
         let (taps, groups) = (keys.size(length)?.unwrap_or(default), groups(filter_groups)?);
         Ok(match taps >= MEDIUM {
@@ -50,10 +49,10 @@ pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
         (medium, listed("hcm_layer_idxs")?),
         (short, listed("hcs_layer_idxs")?),
     ];
-    let projection_bias = keys.flag("qkv_proj_bias", true)?;
+    let projection_bias = keys.flag("qkv_proj_bias", false)?;
     let (short_taps, short_bias) =
         (keys.size("short_filter_length")?.unwrap_or(3), keys.flag("short_filter_bias", false)?);
-    let out_bias = keys.flag("hyena_out_proj_bias", true)?;
+    let out_bias = keys.flag("hyena_out_proj_bias", false)?;
     let mixer = |i: usize| {
         if attention.contains(&i) {
             return Ok(MixerConfig::Attention(attention_config(keys, layout, 1e6)?));

@@ -78,6 +78,7 @@ fn mixer(keys: &Keys, hidden_size: usize) -> Result<MambaConfig> {
         bias: keys.flag("bias", false)?,
         conv_bias: keys.flag("conv_bias", true)?,
         inner_norm_eps: None,
+        inner_norm_weight: false,
         time_step: TimeStepInit {
             min: keys.number("dt_min", 1e-3)?,
             max: keys.number("dt_max", 0.1)?,

@@ -8,6 +8,7 @@
 //! | [`Family::MambaOriginal`] | `d_model` and `n_layer`, no `model_type` | mamba-ssm (`state-spaces/mamba-*`) |
 //! | [`Family::StripedHyena`] | `"model_type": "stripedhyena"`, or `hyena_layer_idxs` | stripedhyena (StripedHyena, Evo) |
 //! | [`Family::Evo2`] | `hcl_layer_idxs` | vtx (Evo 2) |
+//! | [`Family::Jamba`] | `"model_type": "jamba"` | transformers (`ai21labs/Jamba-*`), without experts |
 //! | [`Family::Hybrid`] | `"model_type": "subquadratic"` | this crate's own, for any blocks |
 //!
 //! # Keys
@@ -22,6 +23,7 @@
 mod evo2;
 mod falcon_mamba;
 mod hybrid;
+mod jamba;
 mod keys;
 mod mamba_hf;
 mod mamba_original;
@@ -48,6 +50,8 @@ pub enum Family {
     StripedHyena,
     /// The package vtx: Evo 2.
     Evo2,
+    /// transformers' `jamba`, without experts.
+    Jamba,
     /// This crate's own layout, for any blocks.
     #[default]
     Hybrid,
@@ -62,6 +66,7 @@ impl Family {
             Self::FalconMamba => "falcon_mamba",
             Self::StripedHyena => "stripedhyena",
             Self::Evo2 => "evo2",
+            Self::Jamba => "jamba",
             Self::Hybrid => "hybrid",
         }
     }
@@ -73,6 +78,7 @@ impl Family {
             Self::MambaOriginal => mamba_original::upstream_name(own),
             Self::StripedHyena => striped_hyena::upstream_name(own, "backbone."),
             Self::Evo2 => striped_hyena::upstream_name(own, ""),
+            Self::Jamba => jamba::upstream_name(own),
         }
     }
 
@@ -83,6 +89,7 @@ impl Family {
             Self::Mamba | Self::MambaOriginal => mamba_original::own_name(upstream),
             Self::FalconMamba | Self::Hybrid => upstream.to_string(),
             Self::StripedHyena | Self::Evo2 => striped_hyena::own_name(upstream),
+            Self::Jamba => jamba::own_name(upstream),
         }
     }
 
@@ -100,15 +107,20 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
         Some("falcon_mamba") => falcon_mamba::read(&keys)?,
         Some("stripedhyena") => striped_hyena::read(&keys)?,
         Some("evo2") => evo2::read(&keys)?,
+        Some("jamba") => jamba::read(&keys)?,
         Some(hybrid::MODEL_TYPE) => hybrid::read(&keys)?,
         Some(other) => {
-            return Err(keys.wrong("model_type", "mamba, falcon_mamba, stripedhyena or evo2", other));
+            return Err(keys.wrong(
+                "model_type",
+                "mamba, falcon_mamba, stripedhyena, evo2, jamba or subquadratic",
+                other,
+            ));
         }
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
         None if keys.has("hcl_layer_idxs") => evo2::read(&keys)?,
         None if keys.has("hyena_layer_idxs") || keys.has("attn_layer_idxs") => striped_hyena::read(&keys)?,
         None => {
-            let expected = "mamba, falcon_mamba, stripedhyena or evo2 (or the keys by which a layout without it is known)";
+            let expected = "mamba, falcon_mamba, stripedhyena, evo2, jamba or subquadratic (or the keys by which a layout without it is known)";
             return Err(keys.wrong("model_type", expected, "nothing"));
         }
     };
@@ -125,6 +137,7 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::FalconMamba => falcon_mamba::write(config),
         Family::StripedHyena => striped_hyena::write(config),
         Family::Evo2 => evo2::write(config),
+        Family::Jamba => jamba::write(config),
         Family::Hybrid => hybrid::write(config),
     }?;
     if config.family != Family::MambaOriginal {
