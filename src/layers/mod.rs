@@ -12,12 +12,14 @@ pub mod mamba;
 mod mlp;
 mod norm;
 pub(crate) mod parameter;
+pub mod retention;
 pub(crate) mod state;
 
 pub use mamba::{Mamba, MambaConfig, MambaState};
 pub use mlp::{Mlp, MlpConfig, MlpGate};
 pub use norm::{LayerNorm, NormConfig, NormLayer, RmsNorm};
 pub use parameter::Parameter;
+pub use retention::{MultiScaleRetention, RetentionConfig, RetentionState};
 pub use state::LayerState;
 
 pub(crate) use linear::Linear;

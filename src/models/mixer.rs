@@ -1,9 +1,12 @@
 //! The mixers that a block may have: a line for each in every place that must tell them apart.
 
 use super::Form;
-use crate::Result;
-use crate::layers::{LayerState, Mamba, MambaConfig, MambaState, Parameter};
+use crate::layers::{
+    LayerState, Mamba, MambaConfig, MambaState, MultiScaleRetention, Parameter, RetentionConfig,
+    RetentionState,
+};
 use crate::ops::Segments;
+use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use rand::Rng;
@@ -14,6 +17,8 @@ use rand::Rng;
 pub enum MixerConfig {
     /// [`layers::Mamba`](crate::layers::Mamba)
     Mamba(MambaConfig),
+    /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
+    Retention(RetentionConfig),
 }
 
 impl MixerConfig {
@@ -21,18 +26,21 @@ impl MixerConfig {
     pub fn parameters(&self) -> Vec<Parameter> {
         match self {
             Self::Mamba(config) => config.parameters(),
+            Self::Retention(config) => config.parameters(),
         }
     }
 
     pub(crate) fn width(&self) -> usize {
         match self {
             Self::Mamba(config) => config.d_model,
+            Self::Retention(config) => config.d_model,
         }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         match self {
             Self::Mamba(config) => config.validate(),
+            Self::Retention(config) => config.validate(),
         }
     }
 
@@ -42,6 +50,9 @@ impl MixerConfig {
             Self::Mamba(c) => {
                 format!("mamba d_inner {} d_state {} d_conv {}", c.d_inner, c.d_state, c.d_conv)
             }
+            Self::Retention(c) => {
+                format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
+            }
         }
     }
 
@@ -49,6 +60,7 @@ impl MixerConfig {
     pub(crate) fn init(&self, rng: &mut impl Rng, residual_scale: f64) -> Result<Vec<(String, Tensor)>> {
         match self {
             Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
+            Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
         }
     }
 }
@@ -57,12 +69,14 @@ impl MixerConfig {
 #[derive(Clone, Debug)]
 pub(crate) enum Mixer {
     Mamba(Mamba),
+    Retention(MultiScaleRetention),
 }
 
 impl Mixer {
     pub(crate) fn new(config: &MixerConfig, vb: VarBuilder) -> Result<Self> {
         Ok(match config {
             MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
+            MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
         })
     }
 
@@ -78,6 +92,14 @@ impl Mixer {
             (Self::Mamba(mixer), Some(MixerState::Mamba(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
+            (Self::Retention(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Retention(mixer), Some(MixerState::Retention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (mixer, Some(state)) => {
+                let expected = format!("one of {}", mixer.name());
+                Err(Error::value("state", expected, format!("one of {}", state.mixer())))
+            }
         }
     }
 
@@ -85,13 +107,23 @@ impl Mixer {
     pub(crate) fn init_state(&self, batch: usize) -> Result<MixerState> {
         Ok(match self {
             Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
+            Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
         })
     }
 
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
-    pub(crate) fn set_form(&mut self, _: Form) -> bool {
+    pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         match self {
-            Self::Mamba(_) => false,
+            Self::Mamba(_) => Ok(false),
+            Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
+        }
+    }
+
+    /// The mixer's name in files.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Mamba(_) => "mamba",
+            Self::Retention(_) => "retention",
         }
     }
 }
@@ -102,6 +134,8 @@ impl Mixer {
 pub enum MixerState {
     /// See [`MambaState`].
     Mamba(MambaState),
+    /// See [`RetentionState`].
+    Retention(RetentionState),
 }
 
 impl MixerState {
@@ -109,6 +143,7 @@ impl MixerState {
     pub(crate) fn mixer(&self) -> &'static str {
         match self {
             Self::Mamba(_) => "mamba",
+            Self::Retention(_) => "retention",
         }
     }
 
@@ -117,10 +152,11 @@ impl MixerState {
     pub(crate) fn from_tensors(
         mixer: &str,
         get: impl Fn(&str) -> Result<Tensor>,
-        _positions: &[usize],
+        positions: &[usize],
     ) -> Result<Option<Self>> {
         Ok(match mixer {
             "mamba" => Some(Self::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? })),
+            "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
             _ => None,
         })
     }
@@ -130,24 +166,28 @@ impl LayerState for MixerState {
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Self::Mamba(state) => state.tensors(),
+            Self::Retention(state) => state.tensors(),
         }
     }
 
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
         match self {
             Self::Mamba(state) => state.tensors_mut(),
+            Self::Retention(state) => state.tensors_mut(),
         }
     }
 
     fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
         match self {
             Self::Mamba(state) => state.positions_mut(),
+            Self::Retention(state) => state.positions_mut(),
         }
     }
 
     fn reset(&mut self) -> Result<()> {
         match self {
             Self::Mamba(state) => state.reset(),
+            Self::Retention(state) => state.reset(),
         }
     }
 }
