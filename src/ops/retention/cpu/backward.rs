@@ -137,7 +137,7 @@ impl<E: Element> Operands<'_, E> {
     /// The same without outputs' gradients.
     fn forget_back(&self, chunk: &Chunk, gradient: &mut [E::Real]) {
         let keep = if chunk.fresh { E::Real::ZERO } else { E::Real::from_f64(chunk.total().exp()) };
-        gradient.iter_mut().for_each(|g| *g = *g * keep);
+        gradient.iter_mut().for_each(|g| *g *= keep);
     }
 
     /// `[B, T, H, width]` summed over the heads that share a group, and rounded.

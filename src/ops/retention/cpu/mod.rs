@@ -272,6 +272,6 @@ impl<T: Real> Kernel<T> for Scale<'_, T> {
 /// Multiplies each row of `[factors, width]` by its factor.
 fn scale_rows<T: Real>(values: &mut [T], width: usize, factors: &[T]) {
     for (row, &factor) in values.chunks_mut(width).zip(factors) {
-        row.iter_mut().for_each(|x| *x = *x * factor);
+        row.iter_mut().for_each(|x| *x *= factor);
     }
 }

@@ -49,7 +49,7 @@ impl<E: Element> Operands<'_, E> {
                 self.gather(0, *row, *head, &chunk.tokens, &mut q);
                 self.gather(1, *row, *head, &chunk.tokens, &mut k);
                 self.gather(2, *row, *head, &chunk.tokens, &mut v);
-                q.iter_mut().for_each(|q| *q = *q * E::Real::from_f64(self.scale));
+                q.iter_mut().for_each(|q| *q *= E::Real::from_f64(self.scale));
                 if chunk.fresh {
                     from = Source::Zero;
                 }
