@@ -11,7 +11,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 11] = [
+const FIXTURES: [&str; 20] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -23,6 +23,15 @@ const FIXTURES: [&str; 11] = [
     "evo-bf16",
     "evo2",
     "jamba",
+    "retnet-torchscale",
+    "retnet-torchscale-bin",
+    "retnet-torchscale-deepnorm",
+    "retnet-port",
+    "retnet-port-ffn",
+    "retnet-fla",
+    "retnet-fla-groups",
+    "retnet-fla-plain",
+    "retnet-fla-conv",
 ];
 
 /// Those made by make_striped.py.

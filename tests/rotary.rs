@@ -1,62 +1,61 @@
-//! Rotary position embedding: its formula at every position, styles, dtypes, layouts, gradients, threads.
+//! Rotary position embedding: the formula in every dtype and layout, far positions, gradients, bad input.
 
 mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::*;
-use subquadratic::ops::rotary::{inverse_frequencies, rotary_reference};
-use subquadratic::ops::{Positions, Rotary, RotaryStyle, Segments, rotary};
+use subquadratic::ops::rotary::{positions, rotary_reference};
+use subquadratic::ops::{Rotary, RotaryStyle, Segments, rotary};
 
 const STYLES: [RotaryStyle; 2] = [RotaryStyle::Half, RotaryStyle::Interleaved];
 
-/// The formula in plain f64.
-fn formula(x: &Tensor, positions: &[i64], frequencies: &[f64], style: RotaryStyle) -> Tensor {
-    let (.., heads, width) = x.dims4().unwrap();
-    let mut v = values(x);
-    for (head, v) in v.chunks_mut(width).enumerate() {
-        for (i, f) in frequencies.iter().enumerate() {
-            let (a, b) = match style {
-                RotaryStyle::Half => (i, i + frequencies.len()),
-                RotaryStyle::Interleaved => (2 * i, 2 * i + 1),
-            };
-            let (sin, cos) = (positions[head / heads] as f64 * f).sin_cos();
-            (v[a], v[b]) = (v[a] * cos - v[b] * sin, v[b] * cos + v[a] * sin);
-        }
-    }
-    Tensor::from_vec(v, x.shape(), &Device::Cpu).unwrap()
+fn frequencies(pairs: usize) -> Vec<f64> {
+    (0..pairs).map(|i| 10_000f64.powf(-(i as f64) / pairs as f64)).collect()
 }
 
-fn counted<'a>(offsets: &'a [usize], segments: Option<&'a Segments>) -> Positions<'a> {
-    Positions::Counted { offsets, segments }
+/// The formula in plain f64.
+fn exact(args: &Rotary) -> Tensor {
+    let (b, l, h, k) = args.x.dims4().unwrap();
+    let mut y = values(args.x);
+    let pairs = args.frequencies.len();
+    for (row, line) in y.chunks_mut((h * k).max(1)).enumerate() {
+        let position = args.positions[if args.positions.len() == l { row % l } else { row }] as f64;
+        for head in line.chunks_mut(k) {
+            let x = head.to_vec();
+            for (i, w) in args.frequencies.iter().enumerate() {
+                let (first, second) = match args.style {
+                    RotaryStyle::Half => (i, i + pairs),
+                    RotaryStyle::Interleaved => (2 * i, 2 * i + 1),
+                };
+                let (sin, cos) = (position * w).sin_cos();
+                head[first] = x[first] * cos - x[second] * sin;
+                head[second] = x[first] * sin + x[second] * cos;
+            }
+        }
+    }
+    Tensor::from_vec(y, (b, l, h, k), &Device::Cpu).unwrap()
 }
 
 #[test]
-fn equals_the_formula() {
+fn equals_the_formula_in_every_dtype_and_layout() {
     let random = &mut Random::new(1);
-    for seed in 0..60usize {
-        let (b, h) = (random.int(1, 3), random.int(1, 5));
-        let l = [0, 1, 7, 200, 300][random.int(0, 4)];
-        let k = [2, 6, 16, 33, 64, 80][random.int(0, 5)];
-        let turned = if seed % 3 == 0 { k / 2 } else { random.int(1, k / 2) };
-        let frequencies = inverse_frequencies(2 * turned, 10_000.0, if seed % 2 == 0 { 1.0 } else { 16.0 });
-        let style = STYLES[seed % 2];
-        let dtype = [DType::F64, DType::F32, DType::BF16, DType::F16][seed % 4];
-        let wide = random.normal((b, l, h, 2 * k)).to_dtype(dtype).unwrap();
-        // a slice, whose rows lie apart
-        let x = wide.narrow(3, k / 2, k).unwrap();
-        let offsets: Vec<usize> = (0..b).map(|_| random.int(0, 1_000_000)).collect();
-        let positions: Vec<i64> = offsets.iter().flat_map(|&o| (0..l).map(move |t| (o + t) as i64)).collect();
-        let want = formula(&x, &positions, &frequencies, style);
-        let ids = Tensor::from_vec(positions, (b, l), &Device::Cpu).unwrap();
-        let ids = if seed % 5 == 0 { ids } else { ids.to_dtype(DType::U32).unwrap() };
-        for positions in [counted(&offsets, None), Positions::Ids(&ids)] {
-            let args = Rotary { x: &x, positions, inverse_frequencies: &frequencies, style, inverse: false };
-            let tolerance = if dtype == DType::F64 { 1e-9 } else { 3.0 * rounding(dtype) };
-            for y in [rotary(&args).unwrap(), rotary_reference(&args).unwrap()] {
-                assert_eq!(y.dtype(), dtype);
-                assert_close(&format!("{style:?} {dtype:?} {b} {l} {h} {k}"), &y, &want, tolerance);
-                let back = rotary(&Rotary { x: &y, inverse: true, ..args }).unwrap();
-                assert_close("turned back", &back, &x, 2.0 * tolerance);
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        for style in STYLES {
+            for (b, l, h, k, pairs) in
+                [(2, 7, 3, 8, 4), (1, 1, 1, 2, 1), (2, 5, 1, 37, 16), (3, 0, 2, 4, 2), (1, 4, 2, 6, 0)]
+            {
+                let wide = random.normal((b, l, h, k + 3)).to_dtype(dtype).unwrap();
+                let x = wide.narrow(3, 2, k).unwrap();
+                let frequencies = frequencies(pairs);
+                let rows = random.int(0, 1);
+                let positions: Vec<usize> =
+                    (0..if rows == 0 { l } else { b * l }).map(|_| random.int(0, 1_000_000)).collect();
+                let args = Rotary { x: &x, positions: &positions, frequencies: &frequencies, style };
+                let want = exact(&args);
+                for y in [rotary(&args).unwrap(), rotary_reference(&args).unwrap()] {
+                    assert_eq!(y.dtype(), dtype);
+                    assert_close(&format!("{dtype:?} {style:?}"), &y, &want, 3.0 * rounding(dtype));
+                }
             }
         }
     }
@@ -66,62 +65,33 @@ fn equals_the_formula() {
 fn gradients_are_finite_differences() {
     let random = &mut Random::new(2);
     for style in STYLES {
-        let x = random.normal((2, 3, 2, 7));
-        let frequencies = inverse_frequencies(6, 100.0, 1.0);
-        let positions = counted(&[5, 0], None);
-        check_gradients(&format!("{style:?}"), &["x"], &[x], |x| {
-            let args =
-                Rotary { x: &x[0], positions, inverse_frequencies: &frequencies, style, inverse: false };
-            Ok(vec![rotary(&args)?])
+        let x = random.normal((2, 3, 2, 5));
+        let frequencies = frequencies(2);
+        check_gradients("rotary", &["x"], &[x], |x| {
+            Ok(vec![rotary(&Rotary { x: &x[0], positions: &[5, 6, 900], frequencies: &frequencies, style })?])
         });
     }
 }
 
 #[test]
 fn positions_follow_the_segments() {
-    let marks = Tensor::new(&[[0u8, 0, 1, 0, 2, 0], [2, 2, 0, 0, 1, 0]], &Device::Cpu).unwrap();
-    let segments = Segments::from_marks(&marks).unwrap();
-    let ids = Tensor::new(&[[4i64, 5, 0, 1, 0, 2], [0, 0, 7, 8, 0, 1]], &Device::Cpu).unwrap();
-    let x = Random::new(3).normal((2, 6, 1, 4));
-    let run = |positions| {
-        let style = RotaryStyle::Half;
-        let args = Rotary { x: &x, positions, inverse_frequencies: &[1.0, 0.1], style, inverse: false };
-        rotary(&args).unwrap()
-    };
-    assert_eq!(bits(&run(counted(&[4, 7], Some(&segments)))), bits(&run(Positions::Ids(&ids))));
+    assert_eq!(positions(&[4, 4], None, 3), [4, 5, 6]);
+    assert_eq!(positions(&[4, 0], None, 2), [4, 5, 0, 1]);
+    let left = Segments::left_padded(&[2, 3], 3).unwrap();
+    assert_eq!(positions(&[4, 0], Some(&left), 3), [0, 4, 5, 0, 1, 2]);
+    let packed = Segments::packed(&[vec![1, 2]], 4).unwrap();
+    assert_eq!(positions(&[9], Some(&packed), 4), [0, 0, 1, 0]);
 }
 
 #[test]
-fn threads_change_no_bit() {
-    let x = Random::new(4).normal((2, 700, 3, 32)).to_dtype(DType::F32).unwrap();
-    let frequencies = inverse_frequencies(32, 10_000.0, 1.0);
-    let run = || {
-        let (positions, style) = (counted(&[], None), RotaryStyle::Half);
-        bits(
-            &rotary(&Rotary { x: &x, positions, inverse_frequencies: &frequencies, style, inverse: false })
-                .unwrap(),
-        )
+fn wrong_arguments_are_named() {
+    let x = Random::new(3).normal((2, 3, 2, 4));
+    let run = |x: &Tensor, positions: &[usize], frequencies: &[f64]| {
+        rotary(&Rotary { x, positions, frequencies, style: RotaryStyle::Half }).unwrap_err().to_string()
     };
-    let one = with_threads(1, run);
-    assert!((2..5).all(|threads| with_threads(threads, run) == one));
-}
-
-#[test]
-fn bad_input_is_named() {
-    let x = Tensor::zeros((2, 3, 1, 4), DType::F32, &Device::Cpu).unwrap();
-    let args = Rotary {
-        x: &x,
-        positions: counted(&[], None),
-        inverse_frequencies: &[1.0, 0.5],
-        style: RotaryStyle::Half,
-        inverse: false,
-    };
-    let fails = |args: Rotary| rotary(&args).unwrap_err().to_string();
-    assert!(fails(Rotary { inverse_frequencies: &[1.0; 3], ..args }).contains("at most K / 2 = 2"));
-    assert!(fails(Rotary { inverse_frequencies: &[f64::NAN], ..args }).contains("inverse_frequencies"));
-    assert!(fails(Rotary { positions: counted(&[1], None), ..args }).contains("offsets"));
-    let ids = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
-    assert!(fails(Rotary { positions: Positions::Ids(&ids), ..args }).contains("positions"));
-    let flat = x.flatten_all().unwrap();
-    assert!(fails(Rotary { x: &flat, ..args }).contains("[B, L, H, K]"));
+    assert!(run(&x.flatten_from(2).unwrap(), &[0, 1, 2], &[1.0]).contains("[B, L, H, K]"));
+    assert!(run(&x, &[0, 1], &[1.0]).contains("positions"));
+    assert!(run(&x, &[0, 1, 2], &[1.0; 3]).contains("half of K = 4"));
+    assert!(run(&x, &[0, 1, 2], &[f64::NAN]).contains("frequencies"));
+    assert!(run(&x.to_dtype(DType::U32).unwrap(), &[0, 1, 2], &[1.0]).contains("float"));
 }

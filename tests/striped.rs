@@ -61,7 +61,7 @@ fn models() -> Vec<(String, LanguageModel)> {
     for config in attentions() {
         all.push((format!("{config:?}"), model(MixerConfig::Attention(config))));
     }
-    for pattern in ["hyena attention", "mamba*2 attention hyena"] {
+    for pattern in ["hyena attention", "mamba*2 attention hyena", "mamba hyena retention attention"] {
         let config = ModelConfig::striped(pattern, D, 11).unwrap();
         all.push((pattern.into(), LanguageModel::init(&config, 6, DType::F64, &Device::Cpu).unwrap()));
     }

@@ -5,4 +5,5 @@ pub mod causal_conv1d;
 pub mod linear;
 pub mod modal_conv;
 pub mod norm;
+pub mod retention;
 pub mod selective_scan;

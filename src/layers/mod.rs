@@ -14,6 +14,7 @@ mod mlp;
 pub mod modal_hyena;
 mod norm;
 pub(crate) mod parameter;
+pub mod retention;
 pub(crate) mod state;
 
 pub use attention::{Attention, AttentionConfig, AttentionState};
@@ -22,6 +23,7 @@ pub use mlp::{Mlp, MlpConfig, MlpGate};
 pub use modal_hyena::{ModalHyena, ModalHyenaConfig, ModalHyenaState};
 pub use norm::{LayerNorm, NormConfig, NormLayer, RmsNorm};
 pub use parameter::Parameter;
+pub use retention::{MultiScaleRetention, RetentionConfig, RetentionState};
 pub use state::LayerState;
 
 pub(crate) use linear::Linear;

@@ -123,7 +123,7 @@ impl Block {
         self.mixer.init_state(batch)
     }
 
-    pub(crate) fn set_form(&mut self, form: Form) -> bool {
+    pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         self.mixer.set_form(form)
     }
 }

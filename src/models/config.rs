@@ -2,7 +2,8 @@
 
 use super::Family;
 use super::mixer::MixerConfig;
-use crate::layers::{MambaConfig, MlpConfig, NormConfig, Parameter, parameter::check_sizes};
+use crate::layers::{MambaConfig, MlpConfig, NormConfig, Parameter, RetentionConfig, parameter::check_sizes};
+use crate::ops::Activation;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -120,6 +121,24 @@ impl ModelConfig {
         let mixer = MixerConfig::Mamba(MambaConfig::new(hidden_size));
         let block = BlockConfig::new(NormConfig::Rms { eps: 1e-5 }, mixer, None);
         Self::new(Family::Mamba, vocab_size, hidden_size, vec![block; layers])
+    }
+
+    /// A RetNet as torchscale has it: values and feed-forward layers twice as wide as the model, heads of 64 channels
+    /// (as many as fit, at least one), gated by SiLU, RMS norms, a head of its own.
+    pub fn retnet(hidden_size: usize, layers: usize, vocab_size: usize) -> Self {
+        let norm = NormConfig::Rms { eps: 1e-6 };
+        let heads = (1..=hidden_size.div_ceil(64)).rev().find(|&heads| hidden_size.is_multiple_of(2 * heads));
+        let mixer = RetentionConfig::new(hidden_size, heads.unwrap_or(1));
+        let layer = MlpConfig::gated(hidden_size, hidden_size.saturating_mul(2), Activation::Silu);
+        let mlp = Some(FeedForwardConfig { norm, layer });
+        let block = BlockConfig::new(norm, MixerConfig::Retention(mixer), mlp);
+        Self {
+            final_norm: Some(norm),
+            tie_embeddings: false,
+            initializer_range: (hidden_size.max(1) as f64).powf(-0.5),
+            rescale_residual: false,
+            ..Self::new(Family::RetNetTorchscale, vocab_size, hidden_size, vec![block; layers])
+        }
     }
 
     /// Rows of the embedding: `vocab_size` rounded up.

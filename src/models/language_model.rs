@@ -160,9 +160,7 @@ impl LanguageModel {
     pub fn set_form(&mut self, form: Form) -> Result<bool> {
         form.validate()?;
         self.form = form;
-        // every block, not only up to the first that has forms
-        let chosen = self.blocks.iter_mut().map(|block| Arc::make_mut(block).set_form(form));
-        Ok(chosen.fold(false, |any, has| any | has))
+        self.blocks.iter_mut().try_fold(false, |any, block| Ok(Arc::make_mut(block).set_form(form)? | any))
     }
 
     /// The same weights, shared, with nothing tracked: for evaluation and generation between training steps.

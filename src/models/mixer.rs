@@ -3,7 +3,7 @@
 use super::Form;
 use crate::layers::{
     Attention, AttentionConfig, AttentionState, LayerState, Mamba, MambaConfig, MambaState, ModalHyena,
-    ModalHyenaConfig, ModalHyenaState, Parameter,
+    ModalHyenaConfig, ModalHyenaState, MultiScaleRetention, Parameter, RetentionConfig, RetentionState,
 };
 use crate::ops::Segments;
 use crate::{Error, Result};
@@ -23,6 +23,8 @@ pub enum MixerConfig {
     Attention(AttentionConfig),
     /// [`layers::ModalHyena`](crate::layers::ModalHyena)
     ModalHyena(ModalHyenaConfig),
+    /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
+    Retention(RetentionConfig),
 }
 
 impl MixerConfig {
@@ -32,6 +34,7 @@ impl MixerConfig {
             Self::Mamba(config) => config.parameters(),
             Self::Attention(config) => config.parameters(),
             Self::ModalHyena(config) => config.parameters(),
+            Self::Retention(config) => config.parameters(),
         }
     }
 
@@ -40,6 +43,7 @@ impl MixerConfig {
             Self::Mamba(config) => config.d_model,
             Self::Attention(config) => config.d_model,
             Self::ModalHyena(config) => config.d_model,
+            Self::Retention(config) => config.d_model,
         }
     }
 
@@ -48,6 +52,7 @@ impl MixerConfig {
             Self::Mamba(config) => config.validate(),
             Self::Attention(config) => config.validate(),
             Self::ModalHyena(config) => config.validate(),
+            Self::Retention(config) => config.validate(),
         }
     }
 
@@ -62,6 +67,9 @@ impl MixerConfig {
                 format!("attention {} x {} window {window} {rotary:?}", c.kv_heads, c.head_dim)
             }
             Self::ModalHyena(c) => format!("modal_hyena {} taps {} {:?}", c.d_model, c.short_taps, c.filter),
+            Self::Retention(c) => {
+                format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
+            }
         }
     }
 
@@ -71,6 +79,7 @@ impl MixerConfig {
             Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
             Self::Attention(config) => config.init(rng, residual_scale),
             Self::ModalHyena(config) => ModalHyena::init(config, rng, residual_scale),
+            Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
         }
     }
 }
@@ -81,6 +90,7 @@ pub(crate) enum Mixer {
     Mamba(Mamba),
     Attention(Attention),
     ModalHyena(ModalHyena),
+    Retention(MultiScaleRetention),
 }
 
 impl Mixer {
@@ -89,6 +99,7 @@ impl Mixer {
             MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
             MixerConfig::Attention(config) => Self::Attention(Attention::new(config, vb)?),
             MixerConfig::ModalHyena(config) => Self::ModalHyena(ModalHyena::new(config, vb)?),
+            MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
         })
     }
 
@@ -112,7 +123,14 @@ impl Mixer {
             (Self::ModalHyena(mixer), Some(MixerState::ModalHyena(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
-            (_, Some(state)) => Err(Error::value("state", "one of this mixer", state.mixer())),
+            (Self::Retention(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Retention(mixer), Some(MixerState::Retention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (mixer, Some(state)) => {
+                let expected = format!("one of {}", mixer.name());
+                Err(Error::value("state", expected, format!("one of {}", state.mixer())))
+            }
         }
     }
 
@@ -122,13 +140,25 @@ impl Mixer {
             Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
             Self::Attention(mixer) => MixerState::Attention(mixer.init_state(batch)?),
             Self::ModalHyena(mixer) => MixerState::ModalHyena(mixer.init_state(batch)?),
+            Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
         })
     }
 
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
-    pub(crate) fn set_form(&mut self, _: Form) -> bool {
+    pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         match self {
-            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) => false,
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) => Ok(false),
+            Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
+        }
+    }
+
+    /// The mixer's name in files.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Mamba(_) => "mamba",
+            Self::Attention(_) => "attention",
+            Self::ModalHyena(_) => "modal_hyena",
+            Self::Retention(_) => "retention",
         }
     }
 }
@@ -143,6 +173,8 @@ pub enum MixerState {
     Attention(AttentionState),
     /// See [`ModalHyenaState`].
     ModalHyena(ModalHyenaState),
+    /// See [`RetentionState`].
+    Retention(RetentionState),
 }
 
 impl MixerState {
@@ -152,6 +184,7 @@ impl MixerState {
             Self::Mamba(_) => "mamba",
             Self::Attention(_) => "attention",
             Self::ModalHyena(_) => "modal_hyena",
+            Self::Retention(_) => "retention",
         }
     }
 
@@ -171,6 +204,7 @@ impl MixerState {
             "modal_hyena" => {
                 Some(Self::ModalHyena(ModalHyenaState { short: get("short")?, filter: get("filter")? }))
             }
+            "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
             _ => None,
         })
     }
@@ -182,6 +216,7 @@ impl LayerState for MixerState {
             Self::Mamba(state) => state.tensors(),
             Self::Attention(state) => state.tensors(),
             Self::ModalHyena(state) => state.tensors(),
+            Self::Retention(state) => state.tensors(),
         }
     }
 
@@ -190,6 +225,7 @@ impl LayerState for MixerState {
             Self::Mamba(state) => state.tensors_mut(),
             Self::Attention(state) => state.tensors_mut(),
             Self::ModalHyena(state) => state.tensors_mut(),
+            Self::Retention(state) => state.tensors_mut(),
         }
     }
 
@@ -198,6 +234,7 @@ impl LayerState for MixerState {
             Self::Mamba(state) => state.positions_mut(),
             Self::Attention(state) => state.positions_mut(),
             Self::ModalHyena(state) => state.positions_mut(),
+            Self::Retention(state) => state.positions_mut(),
         }
     }
 
@@ -206,6 +243,7 @@ impl LayerState for MixerState {
             Self::Mamba(state) => state.reset(),
             Self::Attention(state) => state.reset(),
             Self::ModalHyena(state) => state.reset(),
+            Self::Retention(state) => state.reset(),
         }
     }
 }

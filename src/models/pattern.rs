@@ -2,7 +2,7 @@
 
 use super::config::{BlockConfig, FeedForwardConfig, MAX_BLOCKS, ModelConfig};
 use super::{Family, MixerConfig};
-use crate::layers::{AttentionConfig, MambaConfig, MlpConfig, ModalHyenaConfig, NormConfig};
+use crate::layers::{AttentionConfig, MambaConfig, MlpConfig, ModalHyenaConfig, NormConfig, RetentionConfig};
 use crate::ops::Activation;
 use crate::{Error, Result};
 
@@ -12,7 +12,8 @@ const HEAD: usize = 64;
 const MULTIPLE: usize = 64;
 
 impl ModelConfig {
-    /// A hybrid of one block a word, `mamba`, `hyena` (a gated modal convolution) or `attention`; `mamba*7` is seven
+    /// A hybrid of one block a word, `mamba`, `hyena` (a gated modal convolution), `retention` or
+    /// `attention`; `mamba*7` is seven
     /// of them. Every block has an RMS norm and a gated MLP of 8/3 the width.
     ///
     /// ```
@@ -36,8 +37,9 @@ impl ModelConfig {
             let mixer = match name {
                 "mamba" => MixerConfig::Mamba(MambaConfig::new(hidden_size)),
                 "hyena" => MixerConfig::ModalHyena(ModalHyenaConfig::new(hidden_size)),
+                "retention" => MixerConfig::Retention(RetentionConfig::new(hidden_size, heads(hidden_size))),
                 "attention" => MixerConfig::Attention(AttentionConfig::new(hidden_size, heads(hidden_size))),
-                _ => return Err(wrong("words of mamba, hyena and attention")),
+                _ => return Err(wrong("words of mamba, hyena, retention and attention")),
             };
             let norm = NormConfig::Rms { eps: 1e-5 };
             let inner = (hidden_size.saturating_mul(8) / 3).checked_next_multiple_of(MULTIPLE);
@@ -49,7 +51,7 @@ impl ModelConfig {
             blocks.extend(std::iter::repeat_n(block, count));
         }
         if blocks.is_empty() {
-            return Err(Error::value("pattern", "words of mamba, hyena and attention", "none"));
+            return Err(Error::value("pattern", "words of mamba, hyena, retention and attention", "none"));
         }
         Ok(Self::new(Family::Hybrid, vocab_size, hidden_size, blocks))
     }

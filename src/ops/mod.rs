@@ -12,6 +12,7 @@ mod form;
 pub mod linear;
 pub mod modal_conv;
 pub mod norm;
+pub mod retention;
 pub mod rotary;
 pub mod segments;
 pub mod selective_scan;
@@ -23,7 +24,8 @@ pub use form::Form;
 pub use linear::linear;
 pub use modal_conv::{ModalConv, Poles, modal_conv};
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
-pub use rotary::{Positions, Rotary, RotaryStyle, rotary};
+pub use retention::{Retention, retention};
+pub use rotary::{Rotary, RotaryStyle, rotary};
 pub use segments::Segments;
 pub use selective_scan::{SelectiveScan, selective_scan};
 

@@ -3,7 +3,6 @@
 use crate::layers::parameter::{check_sizes, filled, normal};
 use crate::layers::{Linear, Parameter};
 use crate::ops::RotaryStyle;
-use crate::ops::rotary::inverse_frequencies;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use rand::Rng;
@@ -149,8 +148,10 @@ impl AttentionConfig {
     }
 
     pub(super) fn frequencies(&self) -> Vec<f64> {
-        let of = |rotary: &RotaryConfig| inverse_frequencies(self.head_dim, rotary.base, rotary.scaling);
-        self.rotary.as_ref().map(of).unwrap_or_default()
+        let Some(rotary) = &self.rotary else { return vec![] };
+        let width = self.head_dim as f64;
+        let of = |i: usize| rotary.base.powf(-2.0 * i as f64 / width) / rotary.scaling;
+        (0..self.head_dim / 2).map(of).collect()
     }
 
     /// Normal weights of standard deviation 0.02 by parameter name, f32 on the CPU; biases zero; the last projection is

@@ -17,7 +17,8 @@ pub use state::AttentionState;
 
 use super::Linear;
 use super::parameter::Reader;
-use crate::ops::{self, Positions, Rotary, Segments, accumulation_dtype, rotary};
+use crate::ops::rotary::positions;
+use crate::ops::{self, Rotary, Segments, accumulation_dtype, rotary};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
@@ -119,7 +120,8 @@ impl Attention {
             return Ok(x.clone());
         }
         let [q, k, v] = self.project(x, batch, length)?;
-        let (q, k) = (self.turn(q, &held, segments)?, self.turn(k, &held, segments)?);
+        let places = positions(&held.positions, segments, length);
+        let (q, k) = (self.turn(q, &places)?, self.turn(k, &places)?);
         // with a state all are computed in its dtype, so that the cut does not matter
         let dtype = if state.is_some() { wide } else { x.dtype() };
         let [q, k, v] = [q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?];
@@ -163,15 +165,9 @@ impl Attention {
         }
     }
 
-    fn turn(&self, x: Tensor, state: &AttentionState, segments: Option<&Segments>) -> Result<Tensor> {
+    fn turn(&self, x: Tensor, positions: &[usize]) -> Result<Tensor> {
         let Some(config) = &self.config.rotary else { return Ok(x) };
-        rotary(&Rotary {
-            x: &x,
-            positions: Positions::Counted { offsets: &state.positions, segments },
-            inverse_frequencies: &self.frequencies,
-            style: config.style,
-            inverse: false,
-        })
+        rotary(&Rotary { x: &x, positions, frequencies: &self.frequencies, style: config.style })
     }
 
     fn check_length(&self, positions: &[usize], segments: Option<&Segments>, length: usize) -> Result<()> {

@@ -121,6 +121,6 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
     put("column_split", by_head.into());
     let later = config.blocks.get(1).and_then(|block| block.mlp).map(|mlp| mlp.layer.activation);
     put("evo2_style_activations", (later == Some(Activation::Identity)).into());
-    super::put_tokens(&mut keys, &config.tokens);
+    keys.extend(super::token_keys(&config.tokens));
     Ok(keys)
 }

@@ -22,6 +22,6 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
     let mut keys = Object::new();
     keys.insert("model_type".into(), json!(MODEL_TYPE));
     keys.insert("model".into(), model);
-    super::put_tokens(&mut keys, &config.tokens);
+    keys.extend(super::token_keys(&config.tokens));
     Ok(keys)
 }

@@ -3,7 +3,7 @@
 //! Layers of experts are refused by name.
 
 use super::mamba_hf::time_step_rank;
-use super::{Family, Keys, Object, put_tokens};
+use super::{Family, Keys, Object, token_keys};
 use crate::layers::{AttentionConfig, MambaConfig, MlpConfig, NormConfig};
 use crate::models::{BlockConfig, FeedForwardConfig, MixerConfig, ModelConfig};
 use crate::ops::Activation;
@@ -207,6 +207,6 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
             _ => return Err(Error::value("mixer", "Mamba or attention", "another")),
         }
     }
-    put_tokens(&mut keys, &config.tokens);
+    keys.extend(token_keys(&config.tokens));
     Ok(keys)
 }

@@ -36,9 +36,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
 pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f64>) -> Result<ModelConfig> {
     let hidden_size = keys.required_size("hidden_size")?;
     let layers = keys.required_size("num_hidden_layers")?;
-    if layers > crate::models::config::MAX_BLOCKS {
-        return Err(keys.wrong("num_hidden_layers", "fewer layers", &layers.to_string()));
-    }
+    keys.layers("num_hidden_layers", layers)?;
     let act = keys.text("hidden_act")?.unwrap_or_else(|| "silu".into());
     if !matches!(act.as_str(), "silu" | "swish") {
         return Err(keys.wrong("hidden_act", "silu (or its other name, swish)", &act));
@@ -104,7 +102,7 @@ pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f6
 pub(super) fn mamba_mixer(mixer: &MixerConfig) -> Result<&MambaConfig> {
     match mixer {
         MixerConfig::Mamba(config) => Ok(config),
-        _ => Err(Error::value("mixer", "Mamba, the only one of this family", "another")),
+        _ => Err(Error::value("mixer", "a Mamba, as the family has it", "another")),
     }
 }
 
@@ -151,18 +149,9 @@ pub(super) fn write_shared(config: &ModelConfig, model_type: &str, architecture:
     put("initializer_range", config.initializer_range.into());
     // a fresh model's business: transformers would scale the weights it loads once more
     put("rescale_prenorm_residual", false.into());
-    put("bos_token_id", json!(config.tokens.bos));
-    put(
-        "eos_token_id",
-        match config.tokens.eos.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            several => json!(several),
-        },
-    );
-    put("pad_token_id", json!(config.tokens.pad));
     if let Some(eps) = mixer.inner_norm_eps {
         put("mixer_rms_eps", eps.into());
     }
+    keys.extend(super::token_keys(&config.tokens));
     Ok(keys)
 }

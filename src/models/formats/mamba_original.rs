@@ -24,9 +24,7 @@ pub(super) fn own_name(upstream: &str) -> String {
 pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
     let hidden_size = keys.required_size("d_model")?;
     let layers = keys.required_size("n_layer")?;
-    if layers > crate::models::config::MAX_BLOCKS {
-        return Err(keys.wrong("n_layer", "fewer layers", &layers.to_string()));
-    }
+    keys.layers("n_layer", layers)?;
     let mixer = mixer(&keys.object("ssm_cfg")?, hidden_size)?;
     if let Some(Value::Array(layers)) = keys.value("attn_layer_idx").filter(|v| **v != json!([])) {
         let got = format!("{} attention layers", layers.len());

@@ -10,6 +10,9 @@
 //! | [`Family::Evo2`] | `hcl_layer_idxs` | vtx (Evo 2) |
 //! | [`Family::Jamba`] | `"model_type": "jamba"` | transformers (`ai21labs/Jamba-*`), without experts |
 //! | [`Family::Hybrid`] | `"model_type": "subquadratic"` | this crate's own, for any blocks |
+//! | [`Family::RetNet`] | `"model_type": "retnet"` | fla (`fla-hub/retnet-*`) |
+//! | [`Family::RetNetTorchscale`] | `decoder_embed_dim`, no `model_type` | torchscale's `RetNetDecoder` |
+//! | [`Family::RetNetPort`] | `decoder_embed_dim` and `"model_type": "retnet"` | torchscale's, ported to transformers by syncdoth |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -27,9 +30,12 @@ mod jamba;
 mod keys;
 mod mamba_hf;
 mod mamba_original;
+mod names;
+mod retnet_fla;
+mod retnet_torchscale;
 mod striped_hyena;
 
-use super::{ModelConfig, SpecialTokens};
+use super::{MixerConfig, ModelConfig, SpecialTokens};
 use crate::{Error, Result};
 use candle_core::DType;
 use keys::Keys;
@@ -55,6 +61,18 @@ pub enum Family {
     /// This crate's own layout, for any blocks.
     #[default]
     Hybrid,
+    /// fla's `retnet`.
+    RetNet {
+        /// Whether the norm of the heads is named for being fused with the gate.
+        fused_norm: bool,
+    },
+    /// torchscale's `RetNetDecoder`.
+    RetNetTorchscale,
+    /// The port of torchscale's RetNet to transformers, `syncdoth/RetNet`.
+    RetNetPort {
+        /// Whether the MLPs are gated.
+        glu: bool,
+    },
 }
 
 impl Family {
@@ -68,6 +86,9 @@ impl Family {
             Self::Evo2 => "evo2",
             Self::Jamba => "jamba",
             Self::Hybrid => "hybrid",
+            Self::RetNet { .. } => "retnet",
+            Self::RetNetTorchscale => "retnet (torchscale)",
+            Self::RetNetPort { .. } => "retnet (torchscale, transformers)",
         }
     }
 
@@ -79,6 +100,8 @@ impl Family {
             Self::StripedHyena => striped_hyena::upstream_name(own, "backbone."),
             Self::Evo2 => striped_hyena::upstream_name(own, ""),
             Self::Jamba => jamba::upstream_name(own),
+            Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).upstream(own),
+            Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).upstream(own),
         }
     }
 
@@ -90,6 +113,8 @@ impl Family {
             Self::FalconMamba | Self::Hybrid => upstream.to_string(),
             Self::StripedHyena | Self::Evo2 => striped_hyena::own_name(upstream),
             Self::Jamba => jamba::own_name(upstream),
+            Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).own(upstream),
+            Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).own(upstream),
         }
     }
 
@@ -97,7 +122,23 @@ impl Family {
     pub(crate) fn ignores(self, upstream: &str) -> bool {
         matches!(self, Self::StripedHyena | Self::Evo2) && striped_hyena::ignores(upstream)
     }
+
+    /// Tensors that this family's files hold though they follow from the config: upstream name and values.
+    pub(crate) fn buffers(self, config: &ModelConfig) -> Vec<(String, Vec<f64>)> {
+        match self {
+            Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::buffers(config),
+            _ => vec![],
+        }
+    }
+
+    /// Whether the config names the dtype of the weights.
+    fn names_dtype(self) -> bool {
+        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale)
+    }
 }
+
+/// What `model_type` may say.
+const MODEL_TYPES: &str = "mamba, falcon_mamba, retnet, stripedhyena, evo2, jamba or subquadratic";
 
 /// The model that a `config.json` describes.
 pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
@@ -109,24 +150,37 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
         Some("evo2") => evo2::read(&keys)?,
         Some("jamba") => jamba::read(&keys)?,
         Some(hybrid::MODEL_TYPE) => hybrid::read(&keys)?,
-        Some(other) => {
-            return Err(keys.wrong(
-                "model_type",
-                "mamba, falcon_mamba, stripedhyena, evo2, jamba or subquadratic",
-                other,
-            ));
-        }
+        Some("retnet") if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, true)?,
+        Some("retnet") => retnet_fla::read(&keys)?,
+        Some(other) => return Err(keys.wrong("model_type", MODEL_TYPES, other)),
+        None if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, false)?,
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
         None if keys.has("hcl_layer_idxs") => evo2::read(&keys)?,
         None if keys.has("hyena_layer_idxs") || keys.has("attn_layer_idxs") => striped_hyena::read(&keys)?,
         None => {
-            let expected = "mamba, falcon_mamba, stripedhyena, evo2, jamba or subquadratic (or the keys by which a layout without it is known)";
-            return Err(keys.wrong("model_type", expected, "nothing"));
+            let expected = format!(
+                "{MODEL_TYPES} (or the keys d_model and n_layer of mamba-ssm, decoder_embed_dim of torchscale, \
+                 hyena_layer_idxs of stripedhyena, or hcl_layer_idxs of vtx)"
+            );
+            return Err(keys.wrong("model_type", &expected, "nothing"));
         }
     };
     keys.refuse_unknown()?;
     config.validate().map_err(|e| Error::File { path: path.into(), reason: e.to_string() })?;
     Ok(config)
+}
+
+/// What the names of a checkpoint's tensors decide where its config and its family's code disagree: fla's model never
+/// passes `use_short_conv` on to its layers, so that checkpoints which ask for short convolutions have none.
+pub(crate) fn settle<'a>(mut config: ModelConfig, mut names: impl Iterator<Item = &'a str>) -> ModelConfig {
+    if matches!(config.family, Family::RetNet { .. }) && !names.any(|name| name.contains("conv1d.")) {
+        for block in &mut config.blocks {
+            if let MixerConfig::Retention(mixer) = &mut block.mixer {
+                mixer.short_conv = None;
+            }
+        }
+    }
+    config
 }
 
 /// The `config.json` of a model whose weights are `dtype`.
@@ -139,8 +193,10 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::Evo2 => evo2::write(config),
         Family::Jamba => jamba::write(config),
         Family::Hybrid => hybrid::write(config),
+        Family::RetNet { fused_norm } => retnet_fla::write(config, fused_norm),
+        Family::RetNetTorchscale | Family::RetNetPort { .. } => retnet_torchscale::write(config),
     }?;
-    if config.family != Family::MambaOriginal {
+    if config.family.names_dtype() {
         let name = match dtype {
             DType::F64 => "float64",
             DType::BF16 => "bfloat16",
@@ -163,16 +219,16 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
 
 type Object = Map<String, Value>;
 
-/// `bos_token_id`, `eos_token_id` (one or several) and `pad_token_id`.
-fn put_tokens(keys: &mut Object, tokens: &SpecialTokens) {
+/// The keys of token ids with a meaning of their own.
+fn token_keys(tokens: &SpecialTokens) -> Object {
     let eos = match tokens.eos.as_slice() {
         [] => Value::Null,
         [one] => json!(one),
         several => json!(several),
     };
-    keys.insert("bos_token_id".into(), json!(tokens.bos));
-    keys.insert("eos_token_id".into(), eos);
-    keys.insert("pad_token_id".into(), json!(tokens.pad));
+    let keys =
+        [("bos_token_id", json!(tokens.bos)), ("eos_token_id", eos), ("pad_token_id", json!(tokens.pad))];
+    keys.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 /// The one value that all blocks share, as the families here have it.

@@ -334,6 +334,6 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
         _ => None,
     });
     keys.insert("state_size".into(), states.unwrap_or(1).into());
-    super::put_tokens(&mut keys, &config.tokens);
+    keys.extend(super::token_keys(&config.tokens));
     Ok(keys)
 }

@@ -1,159 +1,112 @@
-//! The CPU path: sines and cosines of a token once, then all of its heads; rows are read where they lie.
-//!
-//! The gradient is the same rotation the other way.
+//! The CPU path: one read and one write; the turn back is its gradient.
 
-use super::angles::Angles;
 use super::{Rotary, RotaryStyle};
 use crate::autograd::record;
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
-use crate::backend::cpu::view::{Held, Outlet, Rows, lanes, load, storage, store, tensor, with_unit_stride};
+use crate::backend::cpu::view::{Held, Outlet, storage, with_unit_stride};
 use crate::{Error, Result};
-use candle_core::{DType, Storage, Tensor};
+use candle_core::{DType, Storage, Tensor, WithDType};
 use half::{bf16, f16};
-use std::ops::Range;
 
-/// Numbers that a piece of the work has about.
-const PIECE: usize = 1 << 15;
-
-/// What is done to a tensor, beside its data.
-#[derive(Clone)]
+/// What all rows share.
 struct Turn {
-    positions: Vec<i64>,
-    frequencies: Vec<f64>,
+    cos: Vec<f64>,
+    sin: Vec<f64>,
+    pairs: usize,
+    /// Tokens with an angle of their own: `L`, or `B L`.
+    tokens: usize,
     style: RotaryStyle,
-    inverse: bool,
 }
 
-/// `rotary` of checked arguments.
-pub(super) fn on_cpu(args: &Rotary, positions: Vec<i64>) -> Result<Tensor> {
-    let turn = Turn {
-        positions,
-        frequencies: args.inverse_frequencies.to_vec(),
-        style: args.style,
-        inverse: args.inverse,
-    };
-    match args.x.dtype() {
-        DType::F32 => recorded::<f32>(args.x, turn),
-        DType::F64 => recorded::<f64>(args.x, turn),
-        DType::BF16 => recorded::<bf16>(args.x, turn),
-        DType::F16 => recorded::<f16>(args.x, turn),
-        other => Err(Error::dtype("rotary: x", "f32, f64, bf16 or f16", other)),
-    }
-}
-
-fn recorded<E: Element>(x: &Tensor, turn: Turn) -> Result<Tensor> {
-    let y = apply::<E>(x, &turn)?;
-    let shape = x.shape().clone();
-    if !x.track_op() {
-        return Ok(tensor(y, shape));
-    }
-    let back = Turn { inverse: !turn.inverse, ..turn };
-    let outputs = vec![(Storage::Cpu(storage(y)), shape.clone())];
-    let recorded = record("rotary", &[x], outputs, move |gradients| {
+/// [`rotary`](super::rotary) of checked arguments.
+pub(super) fn on_cpu(args: &Rotary) -> Result<Tensor> {
+    let (cos, sin) = args.table();
+    let (pairs, tokens) = (args.frequencies.len(), args.positions.len());
+    let turn = Turn { cos, sin, pairs, tokens, style: args.style };
+    let y = turn.apply(args.x)?;
+    let back = Turn { sin: turn.sin.iter().map(|s| -s).collect(), ..turn };
+    let outputs = record("rotary", &[args.x], vec![(y, args.x.shape().clone())], move |gradients| {
         let Some(Some(dy)) = gradients.first() else { return Ok(vec![None]) };
-        Ok(vec![Some(tensor(apply::<E>(dy, &back)?, shape.clone()))])
+        let dx = back.apply(dy)?;
+        let none = candle_core::op::BackpropOp::none();
+        Ok(vec![Some(Tensor::from_storage(dx, dy.shape().clone(), none, false))])
     })?;
-    recorded.into_iter().next().ok_or_else(|| Error::value("rotary", "a result", "none"))
+    outputs.into_iter().next().ok_or_else(|| Error::value("rotary", "a result", "none"))
 }
 
-fn apply<E: Element>(x: &Tensor, turn: &Turn) -> Result<Vec<E>> {
-    let (_, length, heads, width) = x.dims4()?;
-    let x = with_unit_stride(x)?;
-    let held = Held::new(&x);
-    let rows = held.rows::<E>()?;
-    let tokens = turn.positions.len();
-    let elements = tokens * heads * width;
-    let angles = Angles::new(&turn.frequencies, turn.inverse, tokens);
-    let mut y = Vec::new();
-    let outlet = Outlet::fresh(&mut y, elements);
-    let pieces = parallel::pieces(tokens, PIECE.div_ceil((heads * width).max(1)));
-    parallel::map(&pieces, elements, |piece| {
-        let style = turn.style;
-        let positions = &turn.positions;
-        dispatch(Rotate { x: rows, length, heads, positions, angles: &angles, style, piece, y: &outlet });
-    });
-    // SAFETY: the pieces cover all tokens, and each wrote all heads and channels of its own.
-    unsafe { y.set_len(elements) };
-    Ok(y)
+impl Turn {
+    fn apply(&self, x: &Tensor) -> Result<Storage> {
+        match x.dtype() {
+            DType::F32 => self.typed::<f32>(x),
+            DType::F64 => self.typed::<f64>(x),
+            DType::BF16 => self.typed::<bf16>(x),
+            DType::F16 => self.typed::<f16>(x),
+            other => Err(Error::dtype("rotary: x", "f32, f64, bf16 or f16", other)),
+        }
+    }
+
+    fn typed<E: Element>(&self, x: &Tensor) -> Result<Storage> {
+        let (batch, length, heads, width) = x.dims4()?;
+        let x = with_unit_stride(x)?;
+        let held = Held::new(&x);
+        let rows = held.rows::<E>()?;
+        let table = |values: &[f64]| values.iter().map(|&x| E::Real::from_f64(x)).collect::<Vec<_>>();
+        let (cos, sin) = (table(&self.cos), table(&self.sin));
+        let mut y = Vec::new();
+        let elements = batch * length * heads * width;
+        let outlet = Outlet::fresh(&mut y, elements);
+        let pieces = parallel::pieces(batch * length, (1usize << 14).div_ceil((heads * width).max(1)));
+        parallel::map(&pieces, elements, |tokens| {
+            for token in tokens.clone() {
+                let at = token % self.tokens * self.pairs;
+                let (cos, sin) = (&cos[at..at + self.pairs], &sin[at..at + self.pairs]);
+                for head in 0..heads {
+                    let from = rows.row([token / length, token % length, head]);
+                    let to = outlet.at((token * heads + head) * width, width);
+                    // the place lies in the buffer and belongs to this piece
+                    dispatch(Row { from, to, cos, sin, style: self.style });
+                }
+            }
+        });
+        // SAFETY: the pieces wrote every row.
+        unsafe { y.set_len(elements) };
+        Ok(Storage::Cpu(storage(y)))
+    }
 }
 
-struct Rotate<'a, E: Element> {
-    x: Rows<'a, E>,
-    length: usize,
-    heads: usize,
-    positions: &'a [i64],
-    angles: &'a Angles<'a>,
+/// One head of one token; `to` has a place for each element of `from`.
+struct Row<'a, E: Element> {
+    from: &'a [E],
+    to: *mut E,
+    cos: &'a [E::Real],
+    sin: &'a [E::Real],
     style: RotaryStyle,
-    piece: &'a Range<usize>,
-    y: &'a Outlet<'a, E>,
 }
 
-impl<T: Real, E: Element<Real = T>> Kernel<T> for Rotate<'_, E> {
+impl<T: Real, E: Element<Real = T>> Kernel<T> for Row<'_, E> {
     type Output = ();
 
+    /// Plain loops: the compiler vectorises them for the instruction set.
     #[inline(always)]
-    fn run<S: Simd<T>>(self, s: S) {
-        let width = self.x.width();
-        let mut cursor = self.angles.cursor();
-        let (mut cos, mut sin) = (vec![T::ZERO; width / 2], vec![T::ZERO; width / 2]);
-        let mut row = vec![T::ZERO; width];
-        let mut pairs = 0;
-        for token in self.piece.clone() {
-            self.angles.at(self.positions[token], &mut cursor, |i, c, s| {
-                (cos[i], sin[i]) = (T::from_f64(c), T::from_f64(s));
-                pairs = i + 1;
-            });
-            let (cos, sin) = (&cos[..pairs], &sin[..pairs]);
-            for head in 0..self.heads {
-                let x = self.x.row([token / self.length, token % self.length, head]);
-                let at = (token * self.heads + head) * width;
-                match self.style {
-                    RotaryStyle::Half => self.half(s, x, at, cos, sin),
-                    RotaryStyle::Interleaved => self.interleaved(s, x, at, cos, sin, &mut row),
-                }
-                for (c, n) in lanes(s, 2 * pairs..width) {
-                    // SAFETY: `at` checked the place, which is this piece's own.
-                    unsafe { store(s, self.y.at(at + c, n), n, load(s, x, c, n)) };
-                }
-            }
-        }
-    }
-}
-
-impl<T: Real, E: Element<Real = T>> Rotate<'_, E> {
-    #[inline(always)]
-    fn half<S: Simd<T>>(&self, s: S, x: &[E], at: usize, cos: &[T], sin: &[T]) {
-        let pairs = cos.len();
-        for (c, n) in lanes(s, 0..pairs) {
-            let (x1, x2) = (load(s, x, c, n), load(s, x, pairs + c, n));
-            let (cos, sin) = (load(s, cos, c, n), load(s, sin, c, n));
-            let y1 = s.nfma(x2, sin, s.mul(x1, cos));
-            let y2 = s.fma(x1, sin, s.mul(x2, cos));
-            // SAFETY: `at` checked the places, which are this piece's own.
+    fn run<S: Simd<T>>(self, _: S) {
+        let pairs = self.cos.len();
+        let (step, apart) = match self.style {
+            RotaryStyle::Half => (1, pairs),
+            RotaryStyle::Interleaved => (2, 1),
+        };
+        let turned = &self.from[..2 * pairs];
+        for (i, (&cos, &sin)) in self.cos.iter().zip(self.sin).enumerate() {
+            let (a, b) = (turned[step * i].widen(), turned[step * i + apart].widen());
+            // SAFETY: the places of a and b, which `to` has as `from` does.
             unsafe {
-                store(s, self.y.at(at + c, n), n, y1);
-                store(s, self.y.at(at + pairs + c, n), n, y2);
+                self.to.add(step * i).write(E::narrow(a * cos - b * sin));
+                self.to.add(step * i + apart).write(E::narrow(a * sin + b * cos));
             }
         }
-    }
-
-    /// `row` is scratch for a head.
-    #[inline(always)]
-    fn interleaved<S: Simd<T>>(&self, s: S, x: &[E], at: usize, cos: &[T], sin: &[T], row: &mut [T]) {
-        let turned = 2 * cos.len();
-        for (c, n) in lanes(s, 0..turned) {
-            // SAFETY: the slice holds n numbers.
-            unsafe { store(s, row[c..c + n].as_mut_ptr(), n, load(s, x, c, n)) };
-        }
-        for (pair, (&cos, &sin)) in row.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
-            let (x1, x2) = (pair[0], pair[1]);
-            pair[0] = x1 * cos - x2 * sin;
-            pair[1] = x2 * cos + x1 * sin;
-        }
-        for (c, n) in lanes(s, 0..turned) {
-            // SAFETY: `at` checked the place, which is this piece's own.
-            unsafe { store(s, self.y.at(at + c, n), n, load(s, row, c, n)) };
+        for (i, &x) in self.from.iter().enumerate().skip(2 * pairs) {
+            // SAFETY: as above.
+            unsafe { self.to.add(i).write(x) };
         }
     }
 }

@@ -1,21 +1,19 @@
-//! Rotary position embedding.
+//! Rotary position embedding: pairs of channels turned by an angle that grows with the position.
 //!
-//! Channels of a head are taken in `R / 2` pairs, pair `i` turned by the angle `p f[i]` at position `p`:
+//! With `p` the token's position and `w_i` the angle per position of pair `i < R`,
 //!
 //! ```text
-//! y1 = x1 cos(p f[i]) - x2 sin(p f[i])
-//! y2 = x2 cos(p f[i]) + x1 sin(p f[i])
+//! y[a] = x[a] cos(p w_i) - x[b] sin(p w_i)        (a, b) = (i, i + R)        half
+//! y[b] = x[a] sin(p w_i) + x[b] cos(p w_i)               = (2 i, 2 i + 1)    interleaved
 //! ```
 //!
-//! The pairs are `(x[i], x[i + R/2])` in the half form (GPT-NeoX, Llama) and `(x[2 i], x[2 i + 1])` in the interleaved
-//! form (GPT-J, RetNet). Channels from `R` on pass through. Linear scaling of positions is a division of `f`.
+//! for every head; channels from `2 R` on stay as they are.
 //!
-//! Angles are f64 whatever the dtype of `x`, and so exact to 1e-9 at a million tokens; sines and cosines are rounded to
-//! f32 (f64 for f64), in which the products are computed.
+//! Angles are f64 and reduced before they are rounded, whatever the dtype of `x`: positions of 10^6 and more turn as
+//! exactly as position 1. Products are f32 (f64 for f64), rounded once.
 //!
-//! Source: RoFormer (Su et al. 2021), section 3.2.2.
+//! Sources: RoFormer (Su et al. 2021), section 3.4.2, which interleaves; the other order is that of GPT-NeoX.
 
-mod angles;
 mod cpu;
 mod reference;
 
@@ -23,128 +21,94 @@ pub use reference::rotary_reference;
 
 use super::Segments;
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-/// Which channels form a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Which channels turn together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RotaryStyle {
-    /// `i` and `i + R/2`
+    /// Channel `i` of the first half with channel `i` of the second.
     Half,
-    /// `2 i` and `2 i + 1`
+    /// Neighbours.
     Interleaved,
-}
-
-/// Where the tokens stand in their sequences.
-#[derive(Clone, Copy, Debug)]
-pub enum Positions<'a> {
-    /// `[B, L]` of u32 or i64.
-    Ids(&'a Tensor),
-    /// Counted: row `b` goes on from `offsets[b]` (zero where `offsets` is empty), every sequence of `segments` that
-    /// starts afresh from zero; padding does not count.
-    Counted {
-        /// How many tokens each row's sequence has had, `[B]` or empty.
-        offsets: &'a [usize],
-        /// Packed sequences and padding; `None` is one sequence a row.
-        segments: Option<&'a Segments>,
-    },
 }
 
 /// The arguments of [`rotary`].
 #[derive(Clone, Copy, Debug)]
 pub struct Rotary<'a> {
-    /// `[B, L, H, K]`: heads `H` of `K` channels. Only the channels need be contiguous.
+    /// `[B, L, H, K]`
     pub x: &'a Tensor,
-    /// The positions of the `[B, L]` tokens.
-    pub positions: Positions<'a>,
-    /// `R / 2` angles per position, `R <= K`; see [`inverse_frequencies`].
-    pub inverse_frequencies: &'a [f64],
-    /// Which channels form a pair.
+    /// The position of every token, row by row: `B L` of them, or `L` where all rows have the same.
+    pub positions: &'a [usize],
+    /// The angle per position of each pair, at most `K / 2`.
+    pub frequencies: &'a [f64],
+    /// Which channels turn together.
     pub style: RotaryStyle,
-    /// Turn the other way, which undoes it.
-    pub inverse: bool,
 }
 
-/// The usual frequencies: `base^(-2 i / width) / scaling` for `i < width / 2`.
-pub fn inverse_frequencies(width: usize, base: f64, scaling: f64) -> Vec<f64> {
-    (0..width / 2).map(|i| base.powf(-2.0 * i as f64 / width as f64) / scaling).collect()
-}
-
-/// Rotary position embedding; see the [module](self) for the formula.
+/// Turns pairs of channels; see the [module](self).
 ///
 /// Returns `[B, L, H, K]` in the dtype of `x`. Differentiable in `x`.
 ///
 /// # Errors
-/// Shapes or dtypes that do not fit, naming the argument; more than `K / 2` frequencies, or one that is not finite.
+/// Shapes or dtypes that do not fit, naming the argument.
 pub fn rotary(args: &Rotary) -> Result<Tensor> {
-    let positions = args.check()?;
-    if !args.x.device().is_cpu() {
-        return reference::composed(args, &positions);
+    args.check()?;
+    if args.x.device().is_cpu() { cpu::on_cpu(args) } else { rotary_reference(args) }
+}
+
+/// The positions of `[B, L]` tokens whose rows have had `before` tokens each: `L` numbers if all rows have the same,
+/// else `B L`. Padding has position 0.
+pub fn positions(before: &[usize], segments: Option<&Segments>, length: usize) -> Vec<usize> {
+    let first = before.first().copied().unwrap_or(0);
+    let Some(segments) = segments else {
+        if before.iter().all(|&start| start == first) {
+            return (first..first + length).collect();
+        }
+        return before.iter().flat_map(|&start| start..start + length).collect();
+    };
+    let mut all = vec![0; before.len() * length];
+    for (row, (tokens, &start)) in all.chunks_mut(length.max(1)).zip(before).enumerate() {
+        let mut next = start;
+        for run in segments.row(row) {
+            if run.fresh {
+                next = 0;
+            }
+            for token in &mut tokens[run.tokens.clone()] {
+                *token = next;
+                next += 1;
+            }
+        }
     }
-    cpu::on_cpu(args, positions)
+    all
 }
 
 impl Rotary<'_> {
-    /// The position of every token, `[B, L]`.
-    fn check(&self) -> Result<Vec<i64>> {
-        let (b, l, _, k) = match *self.x.dims() {
-            [b, l, h, k] => (b, l, h, k),
-            _ => return Err(Error::shape("rotary: x", "[B, L, H, K]", self.x.dims())),
+    fn check(&self) -> Result<()> {
+        let Ok((batch, length, _, width)) = self.x.dims4() else {
+            return Err(Error::shape("rotary: x", "[B, L, H, K]", self.x.dims()));
         };
         if !self.x.dtype().is_float() {
             return Err(Error::dtype("rotary: x", "a float", self.x.dtype()));
         }
-        if 2 * self.inverse_frequencies.len() > k {
-            let expected = format!("at most K / 2 = {}", k / 2);
-            let got = self.inverse_frequencies.len();
-            return Err(Error::value("rotary: inverse_frequencies", expected, got));
+        if self.positions.len() != length && self.positions.len() != batch * length {
+            let expected = format!("{length} or {}, one for each token", batch * length);
+            return Err(Error::value("rotary: positions", expected, self.positions.len()));
         }
-        if let Some(f) = self.inverse_frequencies.iter().find(|f| !f.is_finite()) {
-            return Err(Error::value("rotary: inverse_frequencies", "finite numbers", f));
+        if 2 * self.frequencies.len() > width {
+            let expected = format!("at most half of K = {width}");
+            return Err(Error::value("rotary: frequencies", expected, self.frequencies.len()));
         }
-        self.positions.list(b, l)
+        match self.frequencies.iter().find(|w| !w.is_finite()) {
+            Some(wrong) => Err(Error::value("rotary: frequencies", "finite numbers", wrong)),
+            None => Ok(()),
+        }
     }
-}
 
-impl Positions<'_> {
-    fn list(&self, batch: usize, length: usize) -> Result<Vec<i64>> {
-        match *self {
-            Self::Ids(ids) => {
-                if ids.dims() != [batch, length] {
-                    let expected = format!("[B, L] = [{batch}, {length}]");
-                    return Err(Error::shape("rotary: positions", expected, ids.dims()));
-                }
-                if !matches!(ids.dtype(), DType::U32 | DType::I64) {
-                    return Err(Error::dtype("rotary: positions", "u32 or i64", ids.dtype()));
-                }
-                Ok(ids.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?)
-            }
-            Self::Counted { offsets, segments } => {
-                if !offsets.is_empty() && offsets.len() != batch {
-                    return Err(Error::shape(
-                        "rotary: offsets",
-                        format!("[B] = [{batch}]"),
-                        &[offsets.len()],
-                    ));
-                }
-                if let Some(segments) = segments {
-                    segments.check("rotary", batch, length)?;
-                }
-                let segments = Segments::or_whole(segments, batch, length);
-                let mut positions = vec![0i64; batch * length];
-                for row in 0..batch {
-                    let mut next = offsets.get(row).map_or(0, |&offset| offset as i64);
-                    for run in segments.row(row) {
-                        next = if run.fresh { 0 } else { next };
-                        for t in run.tokens.clone() {
-                            positions[row * length + t] = next;
-                            next += 1;
-                        }
-                    }
-                }
-                Ok(positions)
-            }
-        }
+    /// Cosine and sine of every pair at every position.
+    fn table(&self) -> (Vec<f64>, Vec<f64>) {
+        let angles = self.positions.iter().flat_map(|&p| self.frequencies.iter().map(move |w| p as f64 * w));
+        angles.map(|angle| (angle.cos(), angle.sin())).unzip()
     }
 }
