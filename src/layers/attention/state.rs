@@ -153,7 +153,7 @@ impl Ragged {
         let (batch, total, groups, width) = x.dims4()?;
         let longest = places.iter().map(Vec::len).max().unwrap_or(0);
         if longest == 0 {
-            return Ok(x.narrow(1, 0, 0)?);
+            return Ok(Tensor::zeros((batch, 0, groups, width), x.dtype(), x.device())?);
         }
         let row = |(row, places): (usize, &Vec<usize>)| {
             let filled = places.iter().copied().chain(std::iter::repeat(0)).take(longest);

@@ -30,10 +30,12 @@
 //! no transform, and no length that is better than another.
 
 mod cpu;
+mod fit;
 mod grad;
 mod plan;
 mod reference;
 
+pub use fit::{ModalFit, fit_modal};
 pub use reference::{modal_conv_reference, modal_filter};
 
 use super::{Segments, accumulation_dtype};
