@@ -63,22 +63,26 @@ fn stepped(model: &LanguageModel, ids: &Tensor, prefill: usize) -> Result<Tensor
 /// One call and every way to prefill against the logits of transformers: the relative error, and that of the worst element
 /// against the largest. A prefill's logits of the last token are those of one call.
 fn check(dtype: DType, tolerance: f64, worst: f64) {
-    let assert_near = |what: &str, got: &Tensor, want: &Tensor| {
+    let assert_near = |what: &str, got: &Tensor, want: &Tensor, [tolerance, worst]: [f64; 2]| {
         assert_eq!(got.dims(), want.dims(), "{what}");
         let (rms, max) = relative_errors(got, want);
         assert!(rms <= tolerance && max <= worst, "{what}: relative error {rms:.1e}, at worst {max:.1e}");
     };
     for name in FIXTURES {
+        // four or five blocks with an MLP each: on Jamba's transformers is 5.5e-2 from the exact logits in bf16
+        let half = matches!(dtype, DType::BF16 | DType::F16);
+        let deep = if half && STRIPED.contains(&name) { 2.0 } else { 1.0 };
+        let (tolerance, worst) = (deep * tolerance, deep * worst);
         let expected = expected(name);
         let (ids, want) = (&expected["ids"], &expected["logits"]);
         let length = ids.dim(1).unwrap();
         let model = load(fixture(name), dtype, &Device::Cpu).unwrap();
         let what = format!("{name} in {dtype:?}");
         let whole = model.forward(ids).unwrap();
-        assert_near(&what, &whole, want);
+        assert_near(&what, &whole, want, [tolerance, worst]);
         for prefill in [0, 1, 2, 7, length - 1, length] {
             let got = stepped(&model, ids, prefill).unwrap();
-            assert_near(&format!("{what}, {prefill} tokens prefilled"), &got, want);
+            assert_near(&format!("{what}, {prefill} tokens prefilled"), &got, want, [tolerance, worst]);
             // the package stripedhyena rounds a state to f32
             let rounded = if STRIPED.contains(&name) { 1e-6 } else { 0.0 };
             let (rms, max) = relative_errors(&got, &expected["decode"]);
