@@ -9,6 +9,7 @@ pub mod activation;
 pub mod causal_conv1d;
 pub mod linear;
 pub mod norm;
+pub mod retention;
 pub mod segments;
 pub mod selective_scan;
 
@@ -16,6 +17,7 @@ pub use activation::{sigmoid, silu, silu_gate, softplus};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use linear::linear;
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
+pub use retention::{Retention, RetentionForm, retention};
 pub use segments::Segments;
 pub use selective_scan::{SelectiveScan, selective_scan};
 

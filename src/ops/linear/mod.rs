@@ -16,7 +16,7 @@
 mod few_rows;
 mod grad;
 mod many_rows;
-mod matrix;
+pub(in crate::ops) mod matrix;
 mod reference;
 
 pub use reference::linear_reference;
