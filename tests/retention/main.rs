@@ -3,6 +3,7 @@
 mod case;
 #[path = "../common/mod.rs"]
 mod common;
+mod peers;
 
 use candle_core::{DType, Device, Tensor};
 use case::*;
