@@ -168,7 +168,7 @@ mod tests {
             };
             let per_token = case % 2 == 0;
             let decay = if per_token { random(&[batch, length, all], -2.0) } else { random(&[all], -2.0) };
-            let mut inputs = vec![
+            let mut inputs = [
                 random(&[batch, length, heads[0], keys], -1.0),
                 random(&[batch, length, heads[1], keys], -1.0),
                 random(&[batch, length, heads[2], values], -1.0),
