@@ -122,10 +122,12 @@ impl Chunk {
         let (rows, columns) = (self.sums.unsqueeze(3)?, self.sums.unsqueeze(2)?);
         let same = self.resets.unsqueeze(3)?.broadcast_eq(&self.resets.unsqueeze(2)?)?.to_dtype(dtype)?;
         let lower = Tensor::tril2(tokens, dtype, self.q.device())?;
-        let decays = rows.broadcast_sub(&columns)?.minimum(0.0)?.exp()?.mul(&same)?.broadcast_mul(&lower)?;
+        // masked before the exponential, which might overflow, and after it
+        let spans = rows.broadcast_sub(&columns)?.broadcast_mul(&lower)?;
+        let decays = spans.exp()?.mul(&same)?.broadcast_mul(&lower)?;
         let unreset = self.resets.eq(0.0)?.to_dtype(dtype)?;
         let from_start = (self.sums.exp()? * unreset)?;
-        let to_end = (last(&self.sums)?.broadcast_sub(&self.sums)?.minimum(0.0)?.exp()?
+        let to_end = (last(&self.sums)?.broadcast_sub(&self.sums)?.exp()?
             * last(&self.resets)?.broadcast_eq(&self.resets)?.to_dtype(dtype)?)?;
 
         let q = (&self.q * scale)?;
