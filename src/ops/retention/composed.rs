@@ -122,10 +122,12 @@ impl Chunk {
         let (rows, columns) = (self.sums.unsqueeze(3)?, self.sums.unsqueeze(2)?);
         let same = self.resets.unsqueeze(3)?.broadcast_eq(&self.resets.unsqueeze(2)?)?.to_dtype(dtype)?;
         let lower = Tensor::tril2(tokens, dtype, self.q.device())?;
-        let decays = rows.broadcast_sub(&columns)?.minimum(0.0)?.exp()?.mul(&same)?.broadcast_mul(&lower)?;
+        // masked before the exponential, which might overflow, and after it
+        let spans = rows.broadcast_sub(&columns)?.broadcast_mul(&lower)?;
+        let decays = spans.exp()?.mul(&same)?.broadcast_mul(&lower)?;
         let unreset = self.resets.eq(0.0)?.to_dtype(dtype)?;
         let from_start = (self.sums.exp()? * unreset)?;
-        let to_end = (last(&self.sums)?.broadcast_sub(&self.sums)?.minimum(0.0)?.exp()?
+        let to_end = (last(&self.sums)?.broadcast_sub(&self.sums)?.exp()?
             * last(&self.resets)?.broadcast_eq(&self.resets)?.to_dtype(dtype)?)?;
 
         let q = (&self.q * scale)?;
@@ -168,7 +170,7 @@ mod tests {
             };
             let per_token = case % 2 == 0;
             let decay = if per_token { random(&[batch, length, all], -2.0) } else { random(&[all], -2.0) };
-            let mut inputs = vec![
+            let mut inputs = [
                 random(&[batch, length, heads[0], keys], -1.0),
                 random(&[batch, length, heads[1], keys], -1.0),
                 random(&[batch, length, heads[2], values], -1.0),

@@ -241,7 +241,6 @@ impl<T: Real> Back<'_, T> {
                 scratch.before[i] = dot(s, q.row(i), &scratch.q[i * keys..][..keys]);
                 scratch.after[i] = dot(s, k.row(i), &scratch.k[i * keys..][..keys]);
             }
-            // SAFETY: the outputs of the scratch are read again, through a matrix of them.
             along_decays(&mut scratch.decay[..length], &scratch.before, &scratch.after);
         }
         for start in (0..length).step_by(BLOCK) {
