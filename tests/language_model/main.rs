@@ -11,7 +11,7 @@ use common::{Random, assert_close, bits, rounding, values, weighted_sum};
 use configs::{VOCABULARY, configs};
 use subquadratic::autograd::backward;
 use subquadratic::layers::LayerState;
-use subquadratic::models::{Family, LanguageModel, ModelConfig, ModelState};
+use subquadratic::models::{LanguageModel, ModelConfig, ModelState};
 use subquadratic::ops::Segments;
 
 /// A trainable model with weights of the size that training leaves.
