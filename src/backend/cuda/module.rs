@@ -14,6 +14,8 @@ pub(crate) enum Module {
     ScanForward,
     ScanBackward,
     ScanCarry,
+    CausalConv1d,
+    Norm,
 }
 
 macro_rules! embedded {
@@ -28,6 +30,8 @@ impl Module {
             Self::ScanForward => embedded!("selective_scan_fwd"),
             Self::ScanBackward => embedded!("selective_scan_bwd"),
             Self::ScanCarry => embedded!("selective_scan_carry"),
+            Self::CausalConv1d => embedded!("causal_conv1d"),
+            Self::Norm => embedded!("norm"),
         }
     }
 }
