@@ -1,4 +1,21 @@
+// The selective scan, backward: all gradients from the states before every tile, which forward kept.
+//
+// Grid and lanes as forward. Tiles go from the last to the first. Within one, a first walk leaves the state before every
+// group of 4 tokens in shared memory; then, group by group from the last, states and decays of 4 tokens are computed
+// again into registers, and the gradient of the state is carried back through them:
+//     dh_t = C_t g_t + carry      carry = 2^(a delta_t) dh_t
+//     dC += g_t h_t    dB += delta_t u_t dh_t    du, ddelta, dA from dh_t, carry and h_(t-1)
+// Two exponentials and some 24 instructions a number of the state. Shares of dB and dC are added up over a warp's channels
+// through shared memory, over the warps, and in selective_scan_coefficients over blocks: always in one order, no atomics.
+//
+// Shared memory 112 KB; 255 registers, no spills: 2 blocks a multiprocessor.
+// Bytes: u, delta, z, dy, B, C and 4 N bytes a channel and tile of states read; du, ddelta, dz and 8 N bytes a token and
+// block for dB and dC written. Floor on an H100: 2.2 clocks a channel and token of issue slots, 0.17 ms at the shape below.
+// Measured at B 64, D 1536, L 200, N 16, bf16: 0.57 ms; ncu: IPC 2.1, FMA 32% busy, DRAM 20%.
+// Faster still: more warps at once (registers bind), and dB and dC summed over a cluster of blocks.
 #include "common/scan_prepare.cuh"
+
+constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
 
 constexpr int WARPS = THREADS / LANES;
 // Tokens whose states and decays are in registers at once.
@@ -160,7 +177,7 @@ template <typename E, int SPLIT> struct Backward {
         Lane<SPLIT> lane(at);
         int n = p.states;
         int64_t row_states = int64_t(p.channels) * n, tiles = (p.length + TILE - 1) / TILE;
-        int64_t chunk = int64_t(at.row) * gridDim.z + at.chunk;
+        int64_t chunk = int64_t(at.row) * at.chunks + at.chunk;
         States a, carry = {}, da = {}, h;
         lane.load(a, p.a, n, LOG2E);
         if (p.carried)
@@ -312,4 +329,4 @@ template <typename E, int SPLIT> struct Backward {
 
 template <typename E, int SPLIT> __device__ void backward(const Scan &p) { Backward<E, SPLIT>::run(p); }
 
-SCAN_KERNELS(selective_scan_bwd, backward, BackwardMemory, 2)
+SCAN_KERNELS(selective_scan_bwd, backward, BackwardMemory, BLOCKS_PER_MULTIPROCESSOR)

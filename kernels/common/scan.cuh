@@ -53,16 +53,18 @@ struct Scan {
     int aligned_coefficients;
 };
 
-// Which channels, row and chunk a block has: grid (parts * blocks, batch, chunks).
+// Which channels, row and chunk a block has: grid (parts * blocks, batch, chunks or one less).
 template <int SPLIT> struct Place {
     static constexpr int CHANNELS = THREADS / SPLIT * PAIR;
-    int first, count, row, chunk, begin, end;
-    __device__ Place(const Scan &p) {
+    int first, count, row, chunk, chunks, begin, end;
+    // `skipped` chunks have no blocks.
+    __device__ Place(const Scan &p, int skipped = 0) {
         int part = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
         first = part * p.part + block * CHANNELS;
         count = min(CHANNELS, (part + 1) * p.part - first);
         row = blockIdx.y;
-        chunk = blockIdx.z;
+        chunk = blockIdx.z + skipped;
+        chunks = (p.length + p.chunk - 1) / p.chunk;
         begin = chunk * p.chunk;
         end = min(begin + p.chunk, p.length);
     }

@@ -67,7 +67,9 @@ template <int SPLIT> __device__ void load_bias(const Scan &p, const Place<SPLIT>
 // Defines the kernels NAME_E_S from FUNCTION<E, S>, with their dynamic shared memory beside them, for every element type
 // and split.
 #define SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, S)                                                               \
-    extern "C" __constant__ unsigned NAME##_##E##_##S##_memory = sizeof(MEMORY<E, S>);                                  \
+    extern "C" {                                                                                                        \
+    __constant__ unsigned NAME##_##E##_##S##_memory = sizeof(MEMORY<E, S>);                                             \
+    }                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                       \
         NAME##_##E##_##S(const __grid_constant__ Scan p) { FUNCTION<E, S>(p); }
 #define SCAN_SPLITS(NAME, FUNCTION, MEMORY, BLOCKS, E)                                                                  \

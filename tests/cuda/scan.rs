@@ -25,7 +25,8 @@ fn random_case(random: &mut Random, lengths: &[usize]) -> Case {
 
 /// Random marks: some beginnings, some padding.
 fn random_segments(random: &mut Random, batch: usize, length: usize) -> Segments {
-    let marks: Vec<u8> = (0..batch * length).map(|_| [0, 0, 0, 0, 0, 0, 0, 0, 1, 2][random.int(0, 9)]).collect();
+    let marks: Vec<u8> =
+        (0..batch * length).map(|_| [0, 0, 0, 0, 0, 0, 0, 0, 1, 2][random.int(0, 9)]).collect();
     Segments::from_marks(&Tensor::from_vec(marks, (batch, length), &Device::Cpu).unwrap()).unwrap()
 }
 
@@ -77,7 +78,12 @@ fn time_cut_into_chunks() {
         let truth = oracle(&case, &widen(&t));
         if segments.is_none() {
             for (got, want) in case.run(&to(&t, &device), None).unwrap().iter().zip(&truth) {
-                assert_close(&format!("{case:?}"), &got.to_device(&Device::Cpu).unwrap(), want, 3.0 * tolerance(dtype));
+                assert_close(
+                    &format!("{case:?}"),
+                    &got.to_device(&Device::Cpu).unwrap(),
+                    want,
+                    3.0 * tolerance(dtype),
+                );
             }
         }
     }
@@ -133,7 +139,12 @@ fn a_hundred_runs_give_the_same_bits() {
         let sum = |y: &Tensor| y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap();
         let store = (sum(&outputs[0]) + sum(&outputs[1])).unwrap().backward().unwrap();
         let gradients = x.iter().map(|x| store.get(x).unwrap().to_device(&Device::Cpu).unwrap());
-        outputs.iter().map(|y| y.to_device(&Device::Cpu).unwrap()).chain(gradients).flat_map(|x| bits(&x)).collect()
+        outputs
+            .iter()
+            .map(|y| y.to_device(&Device::Cpu).unwrap())
+            .chain(gradients)
+            .flat_map(|x| bits(&x))
+            .collect()
     };
     let want = run();
     for _ in 1..100 {

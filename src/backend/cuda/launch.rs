@@ -43,9 +43,9 @@ impl Launch<'_> {
             shared_mem_bytes: kernel.memory,
         };
         // SAFETY: the caller's promise.
-        unsafe { launch.launch(config) }
-            .map(|_| ())
-            .map_err(|error| failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error))
+        unsafe { launch.launch(config) }.map(|_| ()).map_err(|error| {
+            failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error)
+        })
     }
 }
 

@@ -11,7 +11,7 @@ mod view;
 pub(crate) use element::Element;
 pub(crate) use launch::{Argument, Launch, Packed, multiprocessors};
 pub(crate) use module::Module;
-pub(crate) use view::{Buffer, Guards, Held, device_of, with_unit_stride};
+pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_stride};
 
 use candle_core::cuda_backend::CudaError;
 use candle_core::cuda_backend::cudarc::driver::DriverError;

@@ -14,6 +14,7 @@ pub(crate) enum Module {
     ScanForward,
     ScanBackward,
     ScanCarry,
+    ScanStep,
     CausalConv1d,
     Norm,
 }
@@ -30,6 +31,7 @@ impl Module {
             Self::ScanForward => embedded!("selective_scan_fwd"),
             Self::ScanBackward => embedded!("selective_scan_bwd"),
             Self::ScanCarry => embedded!("selective_scan_carry"),
+            Self::ScanStep => embedded!("selective_scan_step"),
             Self::CausalConv1d => embedded!("causal_conv1d"),
             Self::Norm => embedded!("norm"),
         }
@@ -63,7 +65,8 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str) -> Result<
         Some(module) => module.clone(),
         None => {
             let (file, image) = module.image();
-            let what = format!("kernels/{file}.cu (is the driver older than the CUDA toolkit it was built with?)");
+            let what =
+                format!("kernels/{file}.cu (is the driver older than the CUDA toolkit it was built with?)");
             let own = stream.context().load_module(Ptx::from_binary(image.to_vec()));
             let own = own.map_err(|error| failed(&what, error))?;
             loaded.modules.insert((ordinal, module), own.clone());

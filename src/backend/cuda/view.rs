@@ -19,6 +19,13 @@ pub(crate) fn with_unit_stride(tensor: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// `tensor` itself if it is contiguous and begins on 16 bytes, else a copy that does.
+pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
+    let tensor = tensor.contiguous()?;
+    let begins = (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16);
+    Ok(if begins { tensor } else { tensor.force_contiguous()? })
+}
+
 /// What keeps the tensors of a launch in order with other streams until it is in its own.
 #[derive(Default)]
 pub(crate) struct Guards<'a>(Vec<SyncOnDrop<'a>>);

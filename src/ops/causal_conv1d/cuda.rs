@@ -3,7 +3,8 @@
 use super::{CausalConv1d, Sizes};
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
-    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors, with_unit_stride,
+    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
+    with_unit_stride,
 };
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
@@ -39,7 +40,10 @@ impl Plan {
         let taps = TAPS.into_iter().find(|most| *most >= taps)?;
         let width = if aligned && channels.is_multiple_of(WIDTH) { WIDTH } else { 1 };
         let columns = (channels / width).div_ceil(THREADS);
-        if batch * length * channels == 0 || batch.max(columns) > MOST_BLOCKS || length >= i32::MAX as usize / 2 {
+        if batch * length * channels == 0
+            || batch.max(columns) > MOST_BLOCKS
+            || length >= i32::MAX as usize / 2
+        {
             return None;
         }
         let enough = |strip: &usize| length.div_ceil(*strip) * columns * batch >= count * BLOCKS;
@@ -167,7 +171,8 @@ impl Saved {
             Some(held) => held.pointer(&format!("causal_conv1d: {name}"), device, stream, guards),
             None => Ok(0),
         };
-        let sequence = |data, x: &Tensor| Sequence { data, row: x.stride()[0] as i64, token: x.stride()[1] as i64 };
+        let sequence =
+            |data, x: &Tensor| Sequence { data, row: x.stride()[0] as i64, token: x.stride()[1] as i64 };
         let dy = match &locks.dy {
             Some((dy, held)) => sequence(pointer("gradient", Some(held))?, dy),
             None => Sequence::default(),
@@ -199,7 +204,8 @@ impl Saved {
         arguments: &[&dyn Argument],
     ) -> Result<()> {
         let what = &format!("causal_conv1d of {:?}, K = {}", self.x.dims(), self.sizes.taps);
-        let launch = Launch { what, device, module: Module::CausalConv1d, kernel, grid, threads: THREADS as u32 };
+        let launch =
+            Launch { what, device, module: Module::CausalConv1d, kernel, grid, threads: THREADS as u32 };
         // SAFETY: the caller's promise.
         unsafe { launch.run(arguments) }
     }
@@ -217,7 +223,9 @@ impl Saved {
             call.y = self.contiguous(y.pointer(&stream, guards));
             call.last = last.pointer(&stream, guards);
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the sizes that are filled.
-            unsafe { self.launch(device, &plan.kernel::<E>("fwd"), plan.grid(&self.sizes), &[&Packed(call)])? };
+            unsafe {
+                self.launch(device, &plan.kernel::<E>("fwd"), plan.grid(&self.sizes), &[&Packed(call)])?
+            };
         }
         Ok((y, last))
     }
@@ -230,13 +238,15 @@ impl Saved {
         let dy = dy.map_or_else(|| Ok(self.x.zeros_like()?), strided)?;
         let dfinal = dfinal.map(|dfinal| dfinal.detach().contiguous()).transpose()?;
         let plan = self.plan(aligned(&self.x) && aligned(&dy), BACKWARD_STRIPS, device)?;
-        let plan = plan.ok_or_else(|| Error::value("causal_conv1d", "a shape that forward took", "another"))?;
+        let plan =
+            plan.ok_or_else(|| Error::value("causal_conv1d", "a shape that forward took", "another"))?;
         let grid = plan.grid(&self.sizes);
         let (states, size, count) = (batch * channels * (taps - 1), (taps + 1) * channels, grid[0] * batch);
         let mut dx = Buffer::<E>::new(device, batch * length * channels)?;
         let mut dinitial = Buffer::<f32>::new(device, states)?;
         let mut shares = Buffer::<f32>::new(device, count * size)?;
-        let (mut dweight, mut dbias) = (Buffer::<f32>::new(device, taps * channels)?, Buffer::<f32>::new(device, channels)?);
+        let (mut dweight, mut dbias) =
+            (Buffer::<f32>::new(device, taps * channels)?, Buffer::<f32>::new(device, channels)?);
         let locks = self.locks(Some(&dy), dfinal.as_ref());
         {
             let guards = &mut Guards::default();
@@ -298,7 +308,8 @@ fn recorded<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Ten
     let outputs = record("causal_conv1d", &inputs, outputs, move |gradients| {
         let [dy, dfinal] = gradients else { candle_core::bail!("causal_conv1d: expected two gradients") };
         let gradients = saved.backward::<E>(dy.as_ref(), dfinal.as_ref())?;
-        let own = |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
+        let own =
+            |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()
     })?;
     match <[Tensor; 2]>::try_from(outputs) {

@@ -3,7 +3,8 @@
 use super::{Norm, NormInput, NormKind};
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
-    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors, with_unit_stride,
+    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
+    with_unit_stride,
 };
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
@@ -165,7 +166,8 @@ impl Saved {
     fn aligned(&self, tensors: &[Option<&Tensor>]) -> bool {
         let fits = |x: &&Tensor| {
             let (offset, strides) = (x.layout().start_offset(), x.stride());
-            offset.is_multiple_of(WIDTH) && strides.iter().rev().skip(1).all(|stride| stride.is_multiple_of(WIDTH))
+            offset.is_multiple_of(WIDTH)
+                && strides.iter().rev().skip(1).all(|stride| stride.is_multiple_of(WIDTH))
         };
         self.channels().is_multiple_of(WIDTH) && tensors.iter().flatten().all(fits)
     }
@@ -234,7 +236,8 @@ impl Saved {
             let guards = &mut Guards::default();
             let mut call = self.call(&locks, device, &stream, guards)?;
             call.y = self.contiguous(y.pointer(&stream, guards));
-            call.sum = sum.as_mut().map_or(Rows::default(), |sum| self.contiguous(sum.pointer(&stream, guards)));
+            call.sum =
+                sum.as_mut().map_or(Rows::default(), |sum| self.contiguous(sum.pointer(&stream, guards)));
             let blocks = self.blocks(plan, multiprocessors(device)? * FORWARD_BLOCKS);
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the same shape.
             unsafe { self.launch(device, &plan.kernel::<E, R>("fwd"), blocks, &[&Packed(call)])? };
@@ -263,7 +266,11 @@ impl Saved {
     }
 
     /// The gradients of `x`, residual, `z`, weight and bias, as far as they are there.
-    fn backward<E: Element, R: Element>(&self, dy: Option<&Tensor>, dsum: Option<&Tensor>) -> Result<Gradients> {
+    fn backward<E: Element, R: Element>(
+        &self,
+        dy: Option<&Tensor>,
+        dsum: Option<&Tensor>,
+    ) -> Result<Gradients> {
         let device = &device_of(&self.x)?;
         let stream = device.cuda_stream();
         let (dy, dsum) = (dy.map(addressable).transpose()?, dsum.map(addressable).transpose()?);
@@ -332,7 +339,8 @@ fn recorded<E: Element, R: Element>(
     let saved = Saved::new(name, input, norm, group)?;
     let aligned = saved.aligned(&[Some(&saved.x), saved.residual.as_ref(), saved.z.as_ref()]);
     // backward may have to read unaligned gradients
-    let (Some(plan), Some(_)) = (Plan::new(saved.channels(), group, aligned), Plan::new(saved.channels(), group, false))
+    let (Some(plan), Some(_)) =
+        (Plan::new(saved.channels(), group, aligned), Plan::new(saved.channels(), group, false))
     else {
         return Ok(None);
     };
@@ -347,7 +355,8 @@ fn recorded<E: Element, R: Element>(
         let dsum = gradients.get(1).and_then(Option::as_ref);
         let dy = gradients.first().and_then(Option::as_ref);
         let gradients = saved.backward::<E, R>(dy, dsum)?;
-        let own = |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
+        let own =
+            |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()
     })?;
     let mut outputs = outputs.into_iter();

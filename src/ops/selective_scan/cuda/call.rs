@@ -113,7 +113,8 @@ impl<'a> Locks<'a> {
             let (data, tensor) = pointer(name)?;
             let Some(tensor) = tensor else { return Ok::<_, Error>(Sequence::default()) };
             let (row, token) = (tensor.stride()[0], tensor.stride()[1]);
-            aligned &= [data as usize, row * size_of::<E>(), token * size_of::<E>()].iter().all(|n| n % 16 == 0);
+            aligned &=
+                [data as usize, row * size_of::<E>(), token * size_of::<E>()].iter().all(|n| n % 16 == 0);
             Ok(Sequence { data, row: row as i64, token: token as i64 })
         };
         let (u, delta, z, dy) = (sequence("u")?, sequence("delta")?, sequence("z")?, sequence("dy")?);
@@ -176,13 +177,19 @@ pub(super) struct Launcher<'a> {
 }
 
 impl Launcher<'_> {
-    /// A kernel `<name>_<type>_<split>` over all blocks and chunks.
+    /// A kernel `<name>_<type>_<split>` over all blocks and so many chunks.
     ///
     /// # Safety
     /// The pointers of `scan` lead to what its sizes say.
-    pub(super) unsafe fn scan<E: Element>(&self, module: Module, name: &str, scan: Scan) -> Result<()> {
+    pub(super) unsafe fn scan<E: Element>(
+        &self,
+        module: Module,
+        name: &str,
+        scan: Scan,
+        chunks: usize,
+    ) -> Result<()> {
         let kernel = format!("{name}_{}_{}", E::NAME, self.plan.split);
-        let grid = [self.plan.columns(), self.sizes.batch, self.plan.chunks];
+        let grid = [self.plan.columns(), self.sizes.batch, chunks];
         // SAFETY: the kernel takes one `Scan`; the caller vouches for what it points at.
         unsafe { self.plain(module, &kernel, grid, &[&Packed(scan)]) }
     }
@@ -195,8 +202,17 @@ impl Launcher<'_> {
         let Sizes { batch, channels, states, .. } = *self.sizes;
         let grid = [(channels * states).div_ceil(THREADS), batch, 1];
         let [batch, chunks, channels, states] = [batch, self.plan.chunks, channels, states].map(|n| n as i32);
-        let arguments: [&dyn Argument; 9] =
-            [&scan.carried, &scan.span, &scan.a, &initial, &batch, &chunks, &channels, &states, &(back as i32)];
+        let arguments: [&dyn Argument; 9] = [
+            &scan.carried,
+            &scan.span,
+            &scan.a,
+            &initial,
+            &batch,
+            &chunks,
+            &channels,
+            &states,
+            &(back as i32),
+        ];
         // SAFETY: the kernel's arguments in order; the caller vouches for the pointers.
         unsafe { self.plain(Module::ScanCarry, "selective_scan_carry", grid, &arguments) }
     }

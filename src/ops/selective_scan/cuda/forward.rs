@@ -1,10 +1,10 @@
 //! The forward pass.
 
 use super::call::{Launcher, Locks, contiguous};
-use super::plan::TILE;
+use super::plan::{TILE, step};
 use super::{Plan, Prepared, name};
 use crate::Result;
-use crate::backend::cuda::{Buffer, Element, Guards, Module, device_of};
+use crate::backend::cuda::{Buffer, Element, Guards, Module, Packed, device_of};
 use crate::ops::selective_scan::Sizes;
 
 /// What a forward pass leaves.
@@ -48,13 +48,18 @@ pub(super) fn forward<E: Element>(
         // SAFETY: `Locks` gives pointers and steps of tensors whose shapes were checked, and the buffers have the sizes
         // that the kernels fill.
         unsafe {
-            if cut {
-                scan.carried = carried.pointer(&stream, guards);
-                scan.span = span.pointer(&stream, guards);
-                launch.scan::<E>(Module::ScanCarry, "selective_scan_summary", scan)?;
-                launch.carry(&scan, scan.initial, false)?;
+            if let (Some((split, [columns, rows])), false) = (step(sizes), keep) {
+                let kernel = format!("selective_scan_step_{}_{split}", E::NAME);
+                launch.plain(Module::ScanStep, &kernel, [columns, rows, 1], &[&Packed(scan)])?;
+            } else {
+                if cut {
+                    scan.carried = carried.pointer(&stream, guards);
+                    scan.span = span.pointer(&stream, guards);
+                    launch.scan::<E>(Module::ScanCarry, "selective_scan_summary", scan, plan.chunks - 1)?;
+                    launch.carry(&scan, scan.initial, false)?;
+                }
+                launch.scan::<E>(Module::ScanForward, "selective_scan_fwd", scan, plan.chunks)?;
             }
-            launch.scan::<E>(Module::ScanForward, "selective_scan_fwd", scan)?;
         }
     }
     Ok(Scanned { y, state, kept })

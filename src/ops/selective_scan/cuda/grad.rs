@@ -5,13 +5,19 @@ use super::forward::{Scanned, forward};
 use super::plan::{THREADS, TILE};
 use super::{Plan, Plans, Prepared, name};
 use crate::autograd::{Gradients, record};
-use crate::backend::cuda::{Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride};
+use crate::backend::cuda::{
+    self, Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride,
+};
 use crate::ops::selective_scan::{SelectiveScan, Sizes};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// The scan of unified arguments.
-pub(super) fn recorded<E: Element>(args: &SelectiveScan, sizes: Sizes, plans: Plans) -> Result<(Tensor, Tensor)> {
+pub(super) fn recorded<E: Element>(
+    args: &SelectiveScan,
+    sizes: Sizes,
+    plans: Plans,
+) -> Result<(Tensor, Tensor)> {
     let optional = [args.d, args.z, args.delta_bias, args.initial_state];
     let mut inputs = vec![args.u, args.delta, args.a, args.b, args.c];
     inputs.extend(optional.iter().flatten());
@@ -21,7 +27,9 @@ pub(super) fn recorded<E: Element>(args: &SelectiveScan, sizes: Sizes, plans: Pl
     let Scanned { y, state, kept } = forward::<E>(&prepared, &sizes, &plans.forward, keep)?;
     let y_shape = (sizes.batch, sizes.length, sizes.channels);
     let state_shape = (sizes.batch, sizes.channels, sizes.states);
-    let Some(kept) = kept else { return Ok((y.tensor(&device, y_shape), state.tensor(&device, state_shape))) };
+    let Some(kept) = kept else {
+        return Ok((y.tensor(&device, y_shape), state.tensor(&device, state_shape)));
+    };
     let tiles = sizes.length.div_ceil(TILE);
     let kept = kept.tensor(&device, (sizes.batch, tiles, sizes.channels, sizes.states));
     let outputs = vec![(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
@@ -70,9 +78,10 @@ fn backward<E: Element>(
         Some(dy) => with_unit_stride(dy)?,
         None => Tensor::zeros((batch, length, channels), prepared.u.dtype(), prepared.u.device())?,
     };
-    let dstate = dstate.map(|dstate| dstate.contiguous()).transpose()?;
+    let dstate = dstate.map(cuda::contiguous).transpose()?;
     let sequence = || Buffer::<E>::new(device, tokens * channels);
-    let (mut du, mut ddelta, mut dz) = (sequence()?, sequence()?, prepared.z.as_ref().map(|_| sequence()).transpose()?);
+    let (mut du, mut ddelta, mut dz) =
+        (sequence()?, sequence()?, prepared.z.as_ref().map(|_| sequence()).transpose()?);
     let wide = |length| Buffer::<f32>::new(device, length);
     let mut dinitial = wide(numbers)?;
     let (mut carried, mut span) = (wide(numbers * plan.chunks)?, wide(batch * plan.chunks * channels)?);
@@ -91,7 +100,9 @@ fn backward<E: Element>(
         let mut scan = locks.scan::<E>(sizes, plan, prepared.softplus, device, &stream, guards)?;
         scan.kept = kept.pointer("selective_scan: kept states", device, &stream, guards)?;
         scan.initial = match &dstate {
-            Some(dstate) => dstate.pointer("selective_scan: gradient of the state", device, &stream, guards)?,
+            Some(dstate) => {
+                dstate.pointer("selective_scan: gradient of the state", device, &stream, guards)?
+            }
             None => 0,
         };
         scan.du = contiguous(du.pointer(&stream, guards), sizes);
@@ -111,10 +122,10 @@ fn backward<E: Element>(
             if plan.chunks > 1 {
                 scan.carried = carried.pointer(&stream, guards);
                 scan.span = span.pointer(&stream, guards);
-                launch.scan::<E>(Module::ScanCarry, "selective_scan_back_summary", scan)?;
+                launch.scan::<E>(Module::ScanCarry, "selective_scan_back_summary", scan, plan.chunks - 1)?;
                 launch.carry(&scan, scan.initial, true)?;
             }
-            launch.scan::<E>(Module::ScanBackward, "selective_scan_bwd", scan)?;
+            launch.scan::<E>(Module::ScanBackward, "selective_scan_bwd", scan, plan.chunks)?;
             let count = (batch * plan.chunks) as i32;
             for (total, shares, size) in [
                 (total_a.pointer(&stream, guards), scan.da, channels * states),

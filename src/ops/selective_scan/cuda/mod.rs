@@ -10,7 +10,7 @@ mod grad;
 mod plan;
 
 use super::{SelectiveScan, Sizes};
-use crate::backend::cuda::{device_of, multiprocessors, with_unit_stride};
+use crate::backend::cuda::{contiguous, device_of, multiprocessors, with_unit_stride};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
@@ -26,7 +26,9 @@ const MOST_SHARES: usize = 8 << 30;
 /// The scan of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let sequence = sequence_dtype(args);
-    let (Some(sequence), true) = (sequence, vectors(args).all(|x| x.dtype().is_float())) else { return Ok(None) };
+    let (Some(sequence), true) = (sequence, vectors(args).all(|x| x.dtype().is_float())) else {
+        return Ok(None);
+    };
     let Some(plans) = Plans::new(args, sizes, sequence)? else { return Ok(None) };
     let optional = |x: Option<&Tensor>, dtype| x.map(|x| x.to_dtype(dtype)).transpose();
     let coefficient = |x: &Tensor| x.to_dtype(if x.dtype() == sequence { sequence } else { DType::F32 });
@@ -57,7 +59,8 @@ pub(super) fn on_cuda(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tens
 /// The one dtype that the sequences are read in: their own if they have one, else f32; `None` with f64 among them.
 fn sequence_dtype(args: &SelectiveScan) -> Option<DType> {
     let own = args.u.dtype();
-    let all: Vec<DType> = [Some(args.u), Some(args.delta), args.z].into_iter().flatten().map(Tensor::dtype).collect();
+    let all: Vec<DType> =
+        [Some(args.u), Some(args.delta), args.z].into_iter().flatten().map(Tensor::dtype).collect();
     let taken = |dtype: &DType| matches!(dtype, DType::F32 | DType::BF16 | DType::F16);
     if !all.iter().all(taken) {
         return None;
@@ -66,7 +69,9 @@ fn sequence_dtype(args: &SelectiveScan) -> Option<DType> {
 }
 
 fn vectors<'a>(args: &SelectiveScan<'a>) -> impl Iterator<Item = &'a Tensor> {
-    [Some(args.a), Some(args.b), Some(args.c), args.d, args.delta_bias, args.initial_state].into_iter().flatten()
+    [Some(args.a), Some(args.b), Some(args.c), args.d, args.delta_bias, args.initial_state]
+        .into_iter()
+        .flatten()
 }
 
 /// The layouts of both passes.
@@ -105,17 +110,17 @@ struct Prepared {
 
 impl Prepared {
     fn new(args: &SelectiveScan) -> Result<Self> {
-        let contiguous = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
+        let optional = |x: Option<&Tensor>| x.map(contiguous).transpose();
         Ok(Self {
             u: with_unit_stride(args.u)?,
             delta: with_unit_stride(args.delta)?,
-            a: args.a.contiguous()?,
+            a: contiguous(args.a)?,
             b: with_unit_stride(args.b)?,
             c: with_unit_stride(args.c)?,
-            d: contiguous(args.d)?,
+            d: optional(args.d)?,
             z: args.z.map(with_unit_stride).transpose()?,
-            delta_bias: contiguous(args.delta_bias)?,
-            initial_state: contiguous(args.initial_state)?,
+            delta_bias: optional(args.delta_bias)?,
+            initial_state: optional(args.initial_state)?,
             marks: args.segments.map(|segments| segments.marks(args.u.device())).transpose()?,
             softplus: args.softplus,
         })

@@ -18,6 +18,18 @@ const SUMMARY_TOKENS: f64 = 128.0;
 const MOST_BLOCKS: usize = 65_535;
 const MOST_TOKENS: usize = (1 << 31) - 2 * TILE;
 
+/// Up to so many tokens go through the kernel of single steps, with so many numbers of a state in a lane.
+const STEP_TOKENS: usize = 4;
+const STEP_STATES: usize = 4;
+
+/// Lanes that a state is spread over in a step, and the blocks of channels and of rows; `None` where the scan's own kernel
+/// is better or the state too wide.
+pub(super) fn step(sizes: &Sizes) -> Option<(usize, [usize; 2])> {
+    let split = SPLITS.into_iter().find(|split| split * STEP_STATES >= sizes.states)?;
+    let blocks = [sizes.channels.div_ceil(THREADS / split), sizes.batch.min(MOST_BLOCKS)];
+    (sizes.length <= STEP_TOKENS).then_some((split, blocks))
+}
+
 /// The layout of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
@@ -79,9 +91,20 @@ mod tests {
     #[test]
     fn a_state_is_spread_over_as_few_lanes_as_hold_it() {
         for (states, split) in [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (128, 16), (129, 32), (256, 32)] {
-            assert_eq!(Plan::new(&sizes(1, 10, 64, states), 528).map(|plan| plan.split), Some(split), "{states}");
+            assert_eq!(
+                Plan::new(&sizes(1, 10, 64, states), 528).map(|plan| plan.split),
+                Some(split),
+                "{states}"
+            );
         }
         assert_eq!(Plan::new(&sizes(1, 10, 64, 257), 528), None);
+    }
+
+    #[test]
+    fn a_step_is_short() {
+        assert_eq!(step(&sizes(8, 1, 1536, 16)), Some((4, [48, 8])));
+        assert_eq!(step(&sizes(8, 5, 1536, 16)), None);
+        assert_eq!(step(&sizes(8, 1, 1536, 129)), None);
     }
 
     #[test]
@@ -93,7 +116,8 @@ mod tests {
 
     #[test]
     fn time_is_cut_where_channels_do_not_fill_the_device() {
-        let chunks = |batch, length, channels| Plan::new(&sizes(batch, length, channels, 16), 528).map(|p| p.chunks);
+        let chunks =
+            |batch, length, channels| Plan::new(&sizes(batch, length, channels, 16), 528).map(|p| p.chunks);
         assert_eq!(chunks(64, 200, 1536), Some(1));
         assert_eq!(chunks(8, 2048, 1536), Some(5));
         assert_eq!(chunks(1, 262_144, 1536), Some(44));
@@ -102,7 +126,8 @@ mod tests {
 
     #[test]
     fn chunks_cover_the_tokens_and_parts_the_channels() {
-        for (length, groups) in [(1, [Some(1), Some(1)]), (531, [Some(2), Some(3)]), (9000, [None, Some(4)])] {
+        for (length, groups) in [(1, [Some(1), Some(1)]), (531, [Some(2), Some(3)]), (9000, [None, Some(4)])]
+        {
             let sizes = Sizes { batch: 2, length, channels: 48, states: 16, groups };
             let Some(plan) = Plan::new(&sizes, 264) else { panic!("no plan for {sizes:?}") };
             assert!(plan.chunk % TILE == 0 && plan.chunks * plan.chunk >= length);
