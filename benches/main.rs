@@ -25,6 +25,7 @@ fn main() -> subquadratic::Result<()> {
     let mut bench = Bench::new()?;
     operators::selective_scan::all(&mut criterion, &mut bench)?;
     operators::causal_conv1d::all(&mut criterion, &mut bench)?;
+    operators::retention::all(&mut criterion, &mut bench)?;
     operators::norm::all(&mut criterion, &mut bench)?;
     operators::linear::all(&mut criterion, &mut bench)?;
     mamba::layer(&mut criterion, &mut bench)?;

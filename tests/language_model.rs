@@ -6,16 +6,18 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{Random, assert_close, bits, rounding, values, weighted_sum};
 use subquadratic::autograd::backward;
-use subquadratic::layers::MambaState;
+use subquadratic::layers::retention::{HeadNorm, RetentionRotary, RetentionScaling, ShortConv};
+use subquadratic::layers::{LayerState, MlpConfig, RetentionConfig};
 use subquadratic::models::{
-    Family, LanguageModel, MixerConfig, MixerState, MlpConfig, ModelConfig, ModelState, NormConfig,
+    BlockConfig, Family, FeedForwardConfig, LanguageModel, MixerConfig, ModelConfig, ModelState, NormConfig,
+    Residual,
 };
-use subquadratic::ops::Segments;
+use subquadratic::ops::{Activation, RotaryStyle, Segments};
 
 const VOCABULARY: usize = 23;
 
 /// A model of each family, with other options each.
-fn configs() -> [ModelConfig; 3] {
+fn configs() -> [ModelConfig; 5] {
     let config = |family, tied| {
         let mut config = ModelConfig::mamba(10, 2, VOCABULARY);
         (config.family, config.tie_embeddings) = (family, tied);
@@ -23,17 +25,40 @@ fn configs() -> [ModelConfig; 3] {
     };
     let mut falcon = config(Family::FalconMamba, false);
     for block in &mut falcon.blocks {
-        let MixerConfig::Mamba(mixer) = &mut block.mixer else { unreachable!() };
+        let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
         (mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank) = (17, 3, 2, 2);
         (mixer.bias, mixer.conv_bias, mixer.inner_norm_eps) = (true, false, Some(1e-3));
     }
     let mut original = config(Family::MambaOriginal, false);
     let norm = NormConfig::Layer { eps: 1e-5 };
-    (original.vocab_multiple, original.final_norm, original.residual_in_fp32) = (8, norm, false);
+    (original.vocab_multiple, original.final_norm, original.residual_in_fp32) = (8, Some(norm), false);
     for block in &mut original.blocks {
-        (block.norm, block.mlp) = (norm, Some(MlpConfig { norm, d_intermediate: 128 }));
+        (block.norm, block.mlp) = (norm, Some(FeedForwardConfig { norm, layer: MlpConfig::joint(10, 128) }));
     }
-    [config(Family::Mamba, true), falcon, original]
+    // torchscale's with a norm behind the sums, and fla's with all of its options
+    let retnet = |family, change: &dyn Fn(&mut BlockConfig, &mut RetentionConfig)| {
+        let mut config = ModelConfig { family, ..ModelConfig::retnet(8, 2, VOCABULARY) };
+        for block in &mut config.blocks {
+            let MixerConfig::Retention(mut mixer) = block.mixer.clone() else { panic!("retention") };
+            (mixer.heads, mixer.kv_heads, mixer.head_key, mixer.head_value) = (2, 2, 4, 3);
+            change(block, &mut mixer);
+            block.mixer = MixerConfig::Retention(mixer);
+        }
+        config
+    };
+    let mut deep = retnet(Family::RetNetTorchscale, &|block, _| {
+        block.residual = Residual { scale: 1.4, post_norm: true };
+    });
+    (deep.embedding_norm, deep.embedding_scale, deep.final_norm) = (deep.final_norm, 2.5, None);
+    let fla = retnet(Family::RetNet { fused_norm: false }, &|_, mixer| {
+        mixer.kv_heads = 1;
+        mixer.rotary = mixer.rotary.map(|rotary| RetentionRotary { style: RotaryStyle::Half, ..rotary });
+        mixer.scaling = RetentionScaling::None;
+        mixer.short_conv = Some(ShortConv { width: 3, bias: true });
+        mixer.norm = HeadNorm { kind: NormConfig::Layer { eps: 1e-5 }, affine: true };
+        (mixer.gate, mixer.bias) = (Some(Activation::Gelu), true);
+    });
+    [config(Family::Mamba, true), falcon, original, deep, fla]
 }
 
 /// A trainable model with weights of the size that training leaves.
@@ -56,19 +81,16 @@ fn ids(random: &mut Random, rows: usize, length: usize) -> Tensor {
 fn random_state(model: &LanguageModel, batch: usize, random: &mut Random) -> ModelState {
     let mut state = model.init_state(batch).unwrap();
     for block in &mut state.blocks {
-        let mut tensors = block.tensors().into_iter().map(|(_, x)| {
-            let leaf = (random.normal(x.shape()) * 0.5).unwrap().to_dtype(x.dtype()).unwrap();
-            Var::from_tensor(&leaf).unwrap().into_inner()
-        });
-        let (conv, scan) = (tensors.next().unwrap(), tensors.next().unwrap());
-        drop(tensors);
-        *block = MixerState::Mamba(MambaState { conv, scan });
+        for (_, tensor) in block.tensors_mut() {
+            let leaf = (random.normal(tensor.shape()) * 0.5).unwrap().to_dtype(tensor.dtype()).unwrap();
+            *tensor = Var::from_tensor(&leaf).unwrap().into_inner();
+        }
     }
     state
 }
 
 fn tensors(state: &ModelState) -> Vec<Tensor> {
-    state.blocks.iter().flat_map(MixerState::tensors).map(|(_, x)| x.clone()).collect()
+    state.blocks.iter().flat_map(LayerState::tensors).map(|(_, x)| x.clone()).collect()
 }
 
 fn tokens(ids: &Tensor, start: usize, length: usize) -> Tensor {
@@ -236,12 +258,10 @@ fn packed_and_padded_rows_equal_bare_rows() {
             let ends: Vec<Tensor> =
                 (0..3).map(|b| tokens(&logits[b], lengths[b] - 1, 1).squeeze(1).unwrap()).collect();
             let mut joined = initial.clone();
-            for (i, block) in joined.blocks.iter_mut().enumerate() {
-                let cat = |part| {
-                    let rows: Vec<&Tensor> = states.iter().map(|state| &state[2 * i + part]).collect();
-                    Tensor::cat(&rows, 0).unwrap()
-                };
-                *block = MixerState::Mamba(MambaState { conv: cat(0), scan: cat(1) });
+            let places = joined.blocks.iter_mut().flat_map(LayerState::tensors_mut);
+            for (i, (_, tensor)) in places.enumerate() {
+                let rows: Vec<&Tensor> = states.iter().map(|state| &state[i]).collect();
+                *tensor = Tensor::cat(&rows, 0).unwrap();
             }
             let want = Outcome::of(&model, Some(&initial), Tensor::cat(&logits, 1).unwrap(), Some(&joined));
             for left in [true, false] {

@@ -3,4 +3,5 @@
 pub mod causal_conv1d;
 pub mod linear;
 pub mod norm;
+pub mod retention;
 pub mod selective_scan;

@@ -7,15 +7,21 @@
 
 pub mod activation;
 pub mod causal_conv1d;
+mod form;
 pub mod linear;
 pub mod norm;
+pub mod retention;
+pub mod rotary;
 pub mod segments;
 pub mod selective_scan;
 
-pub use activation::{sigmoid, silu, silu_gate, softplus};
+pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
+pub use form::Form;
 pub use linear::linear;
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
+pub use retention::{Retention, retention};
+pub use rotary::{Rotary, RotaryStyle, rotary};
 pub use segments::Segments;
 pub use selective_scan::{SelectiveScan, selective_scan};
 

@@ -39,7 +39,9 @@ impl<'a> Held<'a> {
         let last = dims.len().saturating_sub(1);
         let used = 1 + dims.iter().zip(strides).map(|(&n, &s)| n.saturating_sub(1) * s).sum::<usize>();
         let used = if layout.shape().elem_count() == 0 { 0 } else { used };
-        let data = &data[layout.start_offset()..layout.start_offset() + used];
+        // an empty slice may begin behind the end of its data
+        let start = layout.start_offset().min(data.len());
+        let data = &data[start..start + used];
         Ok(Rows { data, dims: &dims[..last], strides: &strides[..last], width: *dims.last().unwrap_or(&1) })
     }
 }
