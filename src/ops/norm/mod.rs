@@ -21,6 +21,8 @@
 //! does, so that bf16 checkpoints give the same numbers. [`add_norm`] normalises the sum as it is stored.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod grad;
 mod reference;
 
@@ -124,6 +126,11 @@ pub fn gated_norm(x: &Tensor, z: &Tensor, norm: &Norm, norm_before_gate: bool) -
 
 fn run(name: &'static str, input: &NormInput, norm: &Norm) -> Result<(Tensor, Option<Tensor>)> {
     let group = input.check(name, norm)?;
+    #[cfg(feature = "cuda")]
+    if input.x.device().is_cuda() {
+        let normed = cuda::on_cuda(name, input, norm, group)?;
+        return normed.map_or_else(|| norm_reference(input, norm), Ok);
+    }
     if !input.x.device().is_cpu() {
         return norm_reference(input, norm);
     }
