@@ -12,12 +12,7 @@ const GAIN: f64 = 1e-10;
 
 /// The modes nearest to `filter` from a start of `poles`, and the sum of squares that is left.
 pub(super) fn refine(filter: &[f64], poles: &[Complex]) -> (Vec<Mode>, f64) {
-    let angles = |&(re, im): &Complex| {
-        let decay = -re.hypot(im).clamp(1e-8, 1.0 - 1e-9).ln();
-        [decay.ln(), im.atan2(re), 0.0, 0.0]
-    };
-    let mut parameters: Vec<f64> = poles.iter().flat_map(angles).collect();
-    fit_residues(filter, &mut parameters);
+    let mut parameters = start(filter, poles);
     let mut left = squares(filter, &parameters);
     let mut damping = 1e-3;
     for _ in 0..STEPS {
@@ -43,6 +38,28 @@ pub(super) fn refine(filter: &[f64], poles: &[Complex]) -> (Vec<Mode>, f64) {
         }
     }
     (parameters.chunks_exact(4).map(mode).collect(), left)
+}
+
+/// The parameters of `poles` with the residues that fit best.
+fn start(filter: &[f64], poles: &[Complex]) -> Vec<f64> {
+    let angles = |&(re, im): &Complex| {
+        let decay = -re.hypot(im).clamp(1e-8, 1.0 - 1e-9).ln();
+        [decay.ln(), im.atan2(re), 0.0, 0.0]
+    };
+    let mut parameters: Vec<f64> = poles.iter().flat_map(angles).collect();
+    fit_residues(filter, &mut parameters);
+    parameters
+}
+
+/// How much each of `poles` carries of a filter that all of them together fit.
+pub(super) fn energies(filter: &[f64], poles: &[Complex]) -> Vec<f64> {
+    let energy = |p: &[f64]| {
+        let Mode { pole: (re, im), residue: (a, b) } = mode(p);
+        // a real pole has no use for an imaginary residue
+        let residue = if im.abs() < 1e-9 { a * a } else { a * a + b * b };
+        residue / (1.0 - (re * re + im * im)).max(1e-9)
+    };
+    start(filter, poles).chunks_exact(4).map(energy).collect()
 }
 
 fn mode(p: &[f64]) -> Mode {

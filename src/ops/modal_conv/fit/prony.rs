@@ -1,6 +1,6 @@
 //! Starting poles: the roots of a linear prediction.
 
-use super::least_squares::solve;
+use super::least_squares::{energies, solve};
 use super::{Complex, divided, times};
 
 /// Rounds of Weierstrass's iteration for the roots.
@@ -22,9 +22,10 @@ pub(super) fn poles(filter: &[f64], states: usize) -> Vec<Complex> {
             if radius < 1.0 { radius.min(1.0 - 1e-6) } else { (1.0 / radius).min(1.0 - 1e-6) } / radius;
         poles.push((root.0 * scale, root.1 * scale));
     }
-    // the slowest matter most
-    poles.sort_by(|a, b| b.0.hypot(b.1).total_cmp(&a.0.hypot(a.1)));
-    poles.truncate(states);
+    // those that carry most of the filter
+    let mut ranked: Vec<(f64, Complex)> = energies(filter, &poles).into_iter().zip(poles).collect();
+    ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mut poles: Vec<Complex> = ranked.into_iter().map(|(_, pole)| pole).take(states).collect();
     let missing = states - poles.len();
     poles.extend((0..missing).map(|i| (0.3 / (i + 1) as f64, 0.1)));
     poles
