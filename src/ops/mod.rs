@@ -8,6 +8,7 @@
 pub mod activation;
 pub mod causal_conv1d;
 pub mod linear;
+pub mod long_conv;
 pub mod norm;
 pub mod segments;
 pub mod selective_scan;
@@ -15,6 +16,7 @@ pub mod selective_scan;
 pub use activation::{sigmoid, silu, silu_gate, softplus};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use linear::linear;
+pub use long_conv::{FilterCache, LongConv, LongConvState, long_conv, long_conv_with_state};
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
 pub use segments::Segments;
 pub use selective_scan::{SelectiveScan, selective_scan};
