@@ -14,11 +14,11 @@ mod common {
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Parser, ValueEnum};
-use common::cli::{self, Outcome, Place};
+use common::cli::{self, CHUNK, Outcome, Place};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use subquadratic::models::{LanguageModel, ModelState, load, write_safetensors};
+use subquadratic::models::{Form, LanguageModel, ModelState, load, write_safetensors};
 
 /// Writes the logits of a checkpoint for rows of token ids
 #[derive(Parser)]
@@ -34,7 +34,7 @@ struct Arguments {
     out: PathBuf,
     #[command(flatten)]
     place: Place,
-    /// How the tokens go through the model: in one call, in chunks, or one by one
+    /// How the tokens go through the model: all pairs at once, in chunks, or one by one
     #[arg(long, value_enum, default_value = "parallel")]
     mode: Mode,
     /// Tokens of a chunk, with --mode chunkwise
@@ -52,9 +52,6 @@ enum Mode {
     Recurrent,
 }
 
-/// Tokens of a chunk where none is given.
-const CHUNK: usize = 256;
-
 fn main() -> ExitCode {
     cli::run(program)
 }
@@ -68,7 +65,14 @@ fn program(arguments: Arguments) -> Outcome<()> {
         (Mode::Recurrent, None) => Some(1),
     };
     let ids = read_ids(&arguments.ids)?;
-    let model = load(&arguments.model, arguments.place.dtype, &arguments.place.device()?)?;
+    let mut model = load(&arguments.model, arguments.place.dtype, &arguments.place.device()?)?;
+    // where the mixers have forms, those are what is chosen; else the calls are cut
+    let forms = model.set_form(match (arguments.mode, chunk) {
+        (Mode::Parallel, _) => Form::Parallel,
+        (Mode::Chunkwise, chunk) => Form::Chunkwise { chunk: chunk.unwrap_or(CHUNK) },
+        (Mode::Recurrent, _) => Form::Recurrent,
+    })?;
+    let chunk = if forms { None } else { chunk };
     let (batch, length) = ids.dims2()?;
     let prefill = arguments.prefill.unwrap_or(length).min(length);
 

@@ -10,17 +10,21 @@
 #[path = "common"]
 mod common {
     pub mod cli;
+    pub mod form;
+    pub mod memory;
 }
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use common::cli::{self, Outcome, Place};
+use common::form::{parse_form, set_form};
+use common::memory::peak_bytes;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use subquadratic::models::{LanguageModel, load};
+use subquadratic::models::{Form, LanguageModel, load};
 
 /// Measures how fast a checkpoint reads and writes tokens, and prints one line of JSON
 #[derive(Parser)]
@@ -37,6 +41,9 @@ struct Arguments {
     /// Tokens generated after it, one by one
     #[arg(long, value_name = "M", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
+    /// Among equal forms of the mixer, the one to compute [auto, parallel, chunkwise, recurrent]
+    #[arg(long, default_value = "auto", value_parser = parse_form)]
+    form: Form,
     /// Sequences at a time
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
@@ -53,10 +60,11 @@ fn main() -> ExitCode {
 }
 
 fn program(arguments: Arguments) -> Outcome<()> {
-    let Arguments { model: directory, place, prompt, tokens, batch } = arguments;
+    let Arguments { model: directory, place, prompt, tokens, form, batch } = arguments;
     let device = place.device()?;
     let start = Instant::now();
-    let model = load(&directory, place.dtype, &device)?;
+    let mut model = load(&directory, place.dtype, &device)?;
+    set_form(&mut model, form)?;
     device.synchronize()?;
     let load_s = start.elapsed().as_secs_f64();
 
@@ -131,11 +139,4 @@ fn spread(mut seconds: Vec<f64>) -> [f64; 3] {
     let middle = seconds.len() / 2;
     let median = if seconds.len() % 2 == 1 { at(middle) } else { (at(middle - 1) + at(middle)) / 2.0 };
     [median, at(0), at(seconds.len() - 1)]
-}
-
-/// The most memory that the process ever held, or none where the system does not say (other than Linux).
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }

@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::*;
 use subquadratic::Result;
-use subquadratic::ops::{sigmoid, silu, silu_gate, softplus};
+use subquadratic::ops::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
 
 type Apply = fn(&[Tensor]) -> Result<Vec<Tensor>>;
 
@@ -15,32 +15,81 @@ struct Case {
     arguments: usize,
     apply: Apply,
     formula: fn(f64, f64) -> f64,
+    /// Errors are relative to the larger of 1 and the value, not to the value in its tails.
+    absolute: bool,
 }
 
-const CASES: [Case; 4] = [
+fn gelu(x: f64) -> f64 {
+    0.5 * x * candle_core::cpu::erf::erfc_f64(-x / 2f64.sqrt())
+}
+
+fn gelu_tanh(x: f64) -> f64 {
+    0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x * x * x)).tanh())
+}
+
+const CASES: [Case; 9] = [
     Case {
         name: "sigmoid",
         arguments: 1,
         apply: |x| Ok(vec![sigmoid(&x[0])?]),
         formula: |x, _| 1.0 / (1.0 + (-x).exp()),
+        absolute: false,
     },
     Case {
         name: "softplus",
         arguments: 1,
         apply: |x| Ok(vec![softplus(&x[0])?]),
         formula: |x, _| x.max(0.0) + (-x.abs()).exp().ln_1p(),
+        absolute: false,
     },
     Case {
         name: "silu",
         arguments: 1,
         apply: |x| Ok(vec![silu(&x[0])?]),
         formula: |x, _| x / (1.0 + (-x).exp()),
+        absolute: false,
     },
     Case {
-        name: "silu_gate",
+        name: "gate",
         arguments: 2,
         apply: |x| Ok(vec![silu_gate(&x[0], &x[1])?]),
         formula: |x, z| x * z / (1.0 + (-z).exp()),
+        absolute: false,
+    },
+    Case {
+        name: "gelu",
+        arguments: 1,
+        apply: |x| Ok(vec![activate(&x[0], Activation::Gelu)?]),
+        formula: |x, _| gelu(x),
+        absolute: true,
+    },
+    Case {
+        name: "gelu_tanh",
+        arguments: 1,
+        apply: |x| Ok(vec![activate(&x[0], Activation::GeluTanh)?]),
+        formula: |x, _| gelu_tanh(x),
+        absolute: true,
+    },
+    Case {
+        name: "relu",
+        arguments: 1,
+        apply: |x| Ok(vec![activate(&x[0], Activation::Relu)?]),
+        formula: |x, _| x.max(0.0),
+        absolute: false,
+    },
+    Case {
+        name: "gate",
+        arguments: 2,
+        apply: |x| Ok(vec![gate(&x[0], &x[1], Activation::Gelu)?]),
+        formula: |x, z| x * gelu(z),
+        absolute: true,
+    },
+    Case {
+        name: "gate",
+        arguments: 2,
+        apply: |x| Ok(vec![gate(&x[0], &x[1], Activation::Relu)?]),
+        formula: |x, z| x * z.max(0.0),
+        absolute: false,
     },
 ];
 
@@ -68,6 +117,7 @@ impl Case {
         let tolerance = if half { 1.01 } else { 20.0 } * rounding(dtype);
         // f16 is coarser below its normal numbers
         let floor = if dtype == DType::F16 { 6e-8 } else { 1e-40 };
+        let floor = if self.absolute { tolerance * 10.0 } else { floor };
         for ((got, want), x) in values(y).into_iter().zip(self.exact(inputs)).zip(values(&inputs[0])) {
             let error = (got - want).abs();
             let name = self.name;
@@ -109,6 +159,12 @@ fn extremes_neither_overflow_nor_lose_their_tails() {
     assert!((tail / (-80f32).exp() - 1.0).abs() < 1e-5, "{tail}");
     assert_eq!(sigmoid(&x).unwrap().to_vec1::<f32>().unwrap()[8..], [1.0, 1.0, 0.0]);
     assert_eq!(silu(&x).unwrap().to_vec1::<f32>().unwrap()[8], 1e30);
+    for activation in [Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let y = activate(&x, activation).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(y[6..10], [80.0, 104.0, 1e30, f32::INFINITY]);
+        assert!(y[0].abs() < 1e-40 && y[10].abs() < 1e-40, "{y:?}");
+        assert_eq!(Activation::from_name(activation.name()), Some(activation));
+    }
     let nan = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
     for case in &CASES {
         let y = (case.apply)(&[nan.clone(), nan.clone()]).unwrap();
@@ -120,7 +176,7 @@ fn extremes_neither_overflow_nor_lose_their_tails() {
 fn gradients_are_finite_differences() {
     let random = &mut Random::new(2);
     for case in &CASES {
-        for dims in [vec![1], vec![3, 17]] {
+        for dims in [vec![6], vec![3, 17]] {
             let inputs = case.tensors(random, &dims);
             check_gradients(case.name, &["x", "z"][..case.arguments], &inputs, case.apply);
         }
@@ -164,7 +220,7 @@ fn wrong_arguments_are_named() {
         assert!(error.contains(case.name) && error.contains('x'), "{error}");
     }
     let error = silu_gate(&x, &x.narrow(1, 0, 2).unwrap()).unwrap_err().to_string();
-    assert!(error.contains("silu_gate: z"), "{error}");
+    assert!(error.contains("gate: z"), "{error}");
     let error = silu_gate(&x, &x.to_dtype(DType::F32).unwrap()).unwrap_err().to_string();
-    assert!(error.contains("silu_gate: z"), "{error}");
+    assert!(error.contains("gate: z"), "{error}");
 }

@@ -7,6 +7,7 @@ use common::Random;
 use proptest::prelude::*;
 use std::sync::OnceLock;
 use subquadratic::generate::{Finish, Generation, GenerationConfig, Sampler, Token, generate};
+use subquadratic::layers::LayerState;
 use subquadratic::models::{LanguageModel, ModelConfig};
 
 const VOCABULARY: usize = 50;

@@ -6,9 +6,9 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{Random, assert_close, bits, rounding, values, weighted_sum};
 use subquadratic::autograd::backward;
-use subquadratic::layers::MambaState;
+use subquadratic::layers::{LayerState, MambaState, MlpConfig};
 use subquadratic::models::{
-    Family, LanguageModel, MixerConfig, MixerState, MlpConfig, ModelConfig, ModelState, NormConfig,
+    Family, FeedForwardConfig, LanguageModel, MixerConfig, MixerState, ModelConfig, ModelState, NormConfig,
 };
 use subquadratic::ops::Segments;
 
@@ -23,15 +23,15 @@ fn configs() -> [ModelConfig; 3] {
     };
     let mut falcon = config(Family::FalconMamba, false);
     for block in &mut falcon.blocks {
-        let MixerConfig::Mamba(mixer) = &mut block.mixer else { unreachable!() };
+        let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
         (mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank) = (17, 3, 2, 2);
         (mixer.bias, mixer.conv_bias, mixer.inner_norm_eps) = (true, false, Some(1e-3));
     }
     let mut original = config(Family::MambaOriginal, false);
     let norm = NormConfig::Layer { eps: 1e-5 };
-    (original.vocab_multiple, original.final_norm, original.residual_in_fp32) = (8, norm, false);
+    (original.vocab_multiple, original.final_norm, original.residual_in_fp32) = (8, Some(norm), false);
     for block in &mut original.blocks {
-        (block.norm, block.mlp) = (norm, Some(MlpConfig { norm, d_intermediate: 128 }));
+        (block.norm, block.mlp) = (norm, Some(FeedForwardConfig { norm, layer: MlpConfig::joint(10, 128) }));
     }
     [config(Family::Mamba, true), falcon, original]
 }
@@ -68,7 +68,7 @@ fn random_state(model: &LanguageModel, batch: usize, random: &mut Random) -> Mod
 }
 
 fn tensors(state: &ModelState) -> Vec<Tensor> {
-    state.blocks.iter().flat_map(MixerState::tensors).map(|(_, x)| x.clone()).collect()
+    state.blocks.iter().flat_map(LayerState::tensors).map(|(_, x)| x.clone()).collect()
 }
 
 fn tokens(ids: &Tensor, start: usize, length: usize) -> Tensor {

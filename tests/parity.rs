@@ -10,7 +10,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 7] = [
+const FIXTURES: [&str; 16] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -18,6 +18,15 @@ const FIXTURES: [&str; 7] = [
     "mamba-original",
     "mamba-original-bin",
     "mamba-original-mlp",
+    "retnet-torchscale",
+    "retnet-torchscale-bin",
+    "retnet-torchscale-deepnorm",
+    "retnet-port",
+    "retnet-port-ffn",
+    "retnet-fla",
+    "retnet-fla-groups",
+    "retnet-fla-plain",
+    "retnet-fla-conv",
 ];
 
 fn fixture(name: &str) -> PathBuf {

@@ -194,7 +194,7 @@ fn deep_models_train_and_generate_on_a_small_stack() {
     let run = || {
         let mut config = ModelConfig::mamba(4, 2000, 30);
         for block in &mut config.blocks {
-            let MixerConfig::Mamba(mixer) = &mut block.mixer else { unreachable!() };
+            let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
             (mixer.d_inner, mixer.d_state) = (4, 2);
         }
         let mut random = Random::new(13);

@@ -5,6 +5,9 @@ use clap::{Args, Parser, ValueEnum};
 use std::error::Error;
 use std::process::ExitCode;
 
+/// Tokens of a chunk where none is given.
+pub const CHUNK: usize = 64;
+
 /// `Result` of a program.
 pub type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 

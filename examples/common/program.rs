@@ -3,6 +3,8 @@
 
 use super::cli::{Outcome, Place};
 use super::curve::Curve;
+use super::form::{parse_form, set_form};
+use super::memory::peak_bytes;
 use super::run::{Limit, Progress, Settings, Training};
 use super::sample::{self, Sampling};
 use super::text::Text;
@@ -12,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::f64::consts::LN_2;
 use std::path::PathBuf;
 use std::time::Instant;
-use subquadratic::models::{LanguageModel, ModelConfig};
+use subquadratic::models::{Form, LanguageModel, ModelConfig};
 use subquadratic::train::{Order, StepReport, TextBatches, Trainer, TrainerConfig};
 
 /// Without `--model`, learns a text from scratch; with it, continues `--prompt`.
@@ -25,6 +27,9 @@ pub struct Arguments {
     /// The text to continue [default: "And ", after training]
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+    /// Among equal forms of the mixer, the one to compute [auto, parallel, chunkwise, recurrent]
+    #[arg(long, default_value = "auto", value_parser = parse_form)]
+    form: Form,
     /// Seed of initialisation and sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -53,7 +58,8 @@ pub fn run(family: &Family, arguments: &Arguments) -> Outcome<()> {
         return Err("--prompt: expected at least one character".into());
     }
     if let (Some(model), Some(prompt)) = (&arguments.model, &arguments.prompt) {
-        return sample::from_checkpoint(model, prompt, arguments.seed, &arguments.sampling, arguments.place);
+        let (seed, form) = (arguments.seed, arguments.form);
+        return sample::from_checkpoint(model, prompt, seed, form, &arguments.sampling, arguments.place);
     }
     let limit = arguments.training.limit()?;
     let mut session = Session::open(family, arguments)?;
@@ -65,6 +71,7 @@ pub fn run(family: &Family, arguments: &Arguments) -> Outcome<()> {
     let folder = session.folder.display();
     let bytes = session.text.validation().len();
     println!("validation loss: {loss:.3} bits per byte (gzip -9 on the same {bytes} bytes: {gzip:.3})");
+    println!("speed:           {}", session.speed());
     println!("loss curve:      {}", session.curve_path().display());
     println!("checkpoint:      {folder} (train on: --resume --out {folder} --minutes M)");
     println!("sample:\n");
@@ -85,6 +92,8 @@ struct Session {
     start: Instant,
     curve: Curve,
     title: String,
+    /// Tokens and seconds of the steps of this session.
+    stepped: (usize, f64),
 }
 
 /// Seconds between checkpoints.
@@ -107,6 +116,7 @@ impl Session {
                 return Err(format!("--dtype: the run has {was}, which cannot change").into());
             }
             trainer.model_mut().set_recompute(training.recompute);
+            set_form(trainer.model_mut(), arguments.form)?;
             let (text, mut data) = read(&settings)?;
             if text.len() != run.text_bytes {
                 let reason =
@@ -115,18 +125,41 @@ impl Session {
             }
             data.seek(run.position)?;
             let (before, curve) = (run.seconds, run.curve);
-            Self { folder, trainer, text, data, settings, before, start, curve, title: String::new() }
+            Self {
+                folder,
+                trainer,
+                text,
+                data,
+                settings,
+                before,
+                start,
+                curve,
+                title: String::new(),
+                stepped: (0, 0.0),
+            }
         } else {
             let settings = training.settings(&family.defaults);
             let (text, data) = read(&settings)?;
             let config = (family.config)(settings.hidden, settings.layers, 256);
             let mut model = LanguageModel::init(&config, arguments.seed, place.dtype, &device)?;
             model.set_recompute(training.recompute);
+            set_form(&mut model, arguments.form)?;
             let schedule = training.limit()?.schedule(settings.lr, 0, 0.0);
             let trainer = Trainer::new(model, TrainerConfig::new(schedule))?;
             let folder = training.folder(family.name)?;
             let curve = Curve::default();
-            Self { folder, trainer, text, data, settings, before: 0.0, start, curve, title: String::new() }
+            Self {
+                folder,
+                trainer,
+                text,
+                data,
+                settings,
+                before: 0.0,
+                start,
+                curve,
+                title: String::new(),
+                stepped: (0, 0.0),
+            }
         };
         let title = session.describe(family.name);
         println!(
@@ -176,11 +209,21 @@ impl Session {
             self.trainer.set_schedule(limit.schedule(self.settings.lr, steps, seconds))?;
             let batch = self.data.next_batch(self.trainer.model().device())?;
             let report = self.trainer.step(&[batch])?;
+            self.stepped.0 += report.tokens;
+            self.stepped.1 += report.seconds;
             self.curve.training.push((self.trainer.tokens(), report.loss / LN_2));
             bar.show(&report, limit.done(steps + 1, self.seconds()), &self.status());
         }
         bar.finish();
         Ok(())
+    }
+
+    /// Tokens per second of the training steps of this session, and the most memory the process held.
+    fn speed(&self) -> String {
+        let speed = self.stepped.0 as f64 / self.stepped.1.max(1e-9);
+        let memory =
+            peak_bytes().map_or(String::new(), |bytes| format!(", {} MB at most", bytes / 1_000_000));
+        format!("{speed:.0} tokens/s in training{memory}")
     }
 
     fn status(&self) -> String {

@@ -1,12 +1,13 @@
 //! Text from a model, streamed to standard output.
 
 use super::cli::{Outcome, Place};
+use super::form::set_form;
 use super::tokenizer::Tokenizer;
 use clap::Args;
 use std::io::Write;
 use std::path::Path;
 use subquadratic::generate::{Generation, GenerationConfig};
-use subquadratic::models::{LanguageModel, load};
+use subquadratic::models::{Form, LanguageModel, load};
 use subquadratic::train::latest_checkpoint;
 
 /// How to draw tokens.
@@ -67,6 +68,7 @@ pub fn from_checkpoint(
     directory: &Path,
     prompt: &str,
     seed: u64,
+    form: Form,
     sampling: &Sampling,
     place: Place,
 ) -> Outcome<()> {
@@ -74,7 +76,8 @@ pub fn from_checkpoint(
         Some(checkpoint) => checkpoint,
         None => directory.to_path_buf(),
     };
-    let model = load(&directory, place.dtype, &place.device()?)?;
+    let mut model = load(&directory, place.dtype, &place.device()?)?;
+    set_form(&mut model, form)?;
     let tokenizer = Tokenizer::of(&directory, &model)?;
     stream(&model, &tokenizer, prompt, seed, sampling)
 }

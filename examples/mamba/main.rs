@@ -10,6 +10,8 @@
 mod common {
     pub mod cli;
     pub mod curve;
+    pub mod form;
+    pub mod memory;
     pub mod program;
     pub mod run;
     pub mod sample;

@@ -7,12 +7,19 @@
 //! Every mixer follows the streaming law: how a sequence is cut into calls, packed with others or padded does not
 //! change its outputs, its final state or its gradients.
 
-mod gated_mlp;
+mod linear;
 pub mod mamba;
+mod mlp;
 mod norm;
 pub(crate) mod parameter;
+pub mod retention;
+pub(crate) mod state;
 
-pub use gated_mlp::{GatedMlp, GatedMlpConfig};
 pub use mamba::{Mamba, MambaConfig, MambaState};
+pub use mlp::{Mlp, MlpConfig, MlpGate};
 pub use norm::{LayerNorm, NormConfig, NormLayer, RmsNorm};
 pub use parameter::Parameter;
+pub use retention::{MultiScaleRetention, RetentionConfig, RetentionState};
+pub use state::LayerState;
+
+pub(crate) use linear::Linear;

@@ -1,8 +1,8 @@
 //! RMS norm and layer norm as layers.
 
 use super::Parameter;
-use crate::Result;
 use crate::ops::norm::{Norm, NormKind, add_norm, norm};
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
@@ -29,6 +29,15 @@ impl NormConfig {
             Self::Rms { .. } => vec![weight],
             Self::Layer { .. } => vec![weight, Parameter::new("bias", &[width])],
         }
+    }
+
+    /// Refuses an epsilon that is negative or not finite; `name` says whose.
+    pub(crate) fn validate(&self, name: &str) -> Result<()> {
+        let (Self::Rms { eps } | Self::Layer { eps }) = *self;
+        if eps >= 0.0 && eps.is_finite() {
+            return Ok(());
+        }
+        Err(Error::value(format!("{name}: eps"), "a finite number of at least 0", eps))
     }
 
     /// The published initialisation, f32 on the CPU: ones, and zeros for the bias.

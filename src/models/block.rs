@@ -1,9 +1,10 @@
 //! One block of the stack.
 
-use super::config::{BlockConfig, MixerConfig};
-use super::state::MixerState;
+use super::Form;
+use super::config::{BlockConfig, FeedForwardConfig, Residual};
+use super::mixer::{Mixer, MixerState};
 use crate::Result;
-use crate::layers::{GatedMlp, Mamba, NormLayer};
+use crate::layers::{Mlp, NormLayer};
 use crate::ops::Segments;
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
@@ -13,12 +14,8 @@ use candle_nn::VarBuilder;
 pub(crate) struct Block {
     norm: NormLayer,
     mixer: Mixer,
-    mlp: Option<(NormLayer, GatedMlp)>,
-}
-
-#[derive(Clone, Debug)]
-enum Mixer {
-    Mamba(Mamba),
+    mlp: Option<(NormLayer, Mlp)>,
+    residual: Residual,
 }
 
 /// The residual stream between two sums: what a block changes is added by whoever takes the next norm, in one pass.
@@ -45,6 +42,14 @@ impl Stream {
         Ok(Self { sum: Tensor::cat(&sums, 0)?, update })
     }
 
+    /// The stream with what is pending added.
+    pub(crate) fn value(self) -> Result<Tensor> {
+        match self.update {
+            Some(update) => Ok((&self.sum + update.to_dtype(self.sum.dtype())?)?),
+            None => Ok(self.sum),
+        }
+    }
+
     /// Adds what is pending and takes the norm of the sum, in the dtype `dtype` of the weights.
     pub(crate) fn norm(self, norm: &NormLayer, dtype: DType) -> Result<(Tensor, Tensor)> {
         match self.update {
@@ -59,17 +64,15 @@ impl Stream {
 
 impl Block {
     pub(crate) fn new(config: &BlockConfig, width: usize, vb: VarBuilder) -> Result<Self> {
-        let mixer = match &config.mixer {
-            MixerConfig::Mamba(config) => Mixer::Mamba(Mamba::new(config, vb.pp("mixer"))?),
-        };
-        let mlp = |mlp: &super::MlpConfig| -> Result<_> {
+        let mlp = |mlp: &FeedForwardConfig| -> Result<_> {
             let norm = NormLayer::new(&mlp.norm, width, vb.pp("norm2"))?;
-            Ok((norm, GatedMlp::new(&mlp.layer(width), vb.pp("mlp"))?))
+            Ok((norm, Mlp::new(&mlp.layer, vb.pp("mlp"))?))
         };
         Ok(Self {
             norm: NormLayer::new(&config.norm, width, vb.pp("norm"))?,
-            mixer,
+            mixer: Mixer::new(&config.mixer, vb.pp("mixer"))?,
             mlp: config.mlp.as_ref().map(mlp).transpose()?,
+            residual: config.residual,
         })
     }
 
@@ -81,22 +84,46 @@ impl Block {
         segments: Option<&Segments>,
         state: Option<&mut MixerState>,
     ) -> Result<Stream> {
-        let (sum, normed) = stream.norm(&self.norm, dtype)?;
-        let update = match (&self.mixer, state) {
-            (Mixer::Mamba(mamba), None) => mamba.forward_segments(&normed, segments, None)?,
-            (Mixer::Mamba(mamba), Some(MixerState::Mamba(state))) => {
-                mamba.forward_segments(&normed, segments, Some(state))?
-            }
+        let stream = self.sub_layer(stream, &self.norm, dtype, |x| self.mixer.forward(x, segments, state))?;
+        match &self.mlp {
+            Some((norm, mlp)) => self.sub_layer(stream, norm, dtype, |x| mlp.forward(x)),
+            None => Ok(stream),
+        }
+    }
+
+    /// `scale x + f(norm(x))`, or with the norm behind the sum `norm(scale x + f(x))`.
+    fn sub_layer(
+        &self,
+        stream: Stream,
+        norm: &NormLayer,
+        dtype: DType,
+        f: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Stream> {
+        let scaled = |sum: Tensor| match self.residual.scale {
+            1.0 => Ok(sum),
+            scale => sum.affine(scale, 0.0),
         };
-        let stream = Stream { sum, update: Some(update) };
-        let Some((norm, mlp)) = &self.mlp else { return Ok(stream) };
-        let (sum, normed) = stream.norm(norm, dtype)?;
-        Ok(Stream { sum, update: Some(mlp.forward(&normed)?) })
+        if !self.residual.post_norm {
+            let (sum, normed) = stream.norm(norm, dtype)?;
+            return Ok(Stream { update: Some(f(&normed)?), sum: scaled(sum)? });
+        }
+        let x = stream.value()?;
+        let update = f(&x.to_dtype(dtype)?)?;
+        let wide = x.dtype();
+        let (_, normed) = norm.add_forward(&scaled(x)?, &update)?;
+        Ok(Stream { sum: normed.to_dtype(wide)?, update: None })
+    }
+
+    /// Whether the stream comes out whole, with no update pending.
+    pub(crate) fn ends_in_norm(&self) -> bool {
+        self.residual.post_norm
     }
 
     pub(crate) fn init_state(&self, batch: usize) -> Result<MixerState> {
-        match &self.mixer {
-            Mixer::Mamba(mamba) => Ok(MixerState::Mamba(mamba.init_state(batch)?)),
-        }
+        self.mixer.init_state(batch)
+    }
+
+    pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
+        self.mixer.set_form(form)
     }
 }

@@ -1,7 +1,9 @@
 //! What a language model is made of.
 
 use super::Family;
-use crate::layers::{GatedMlpConfig, MambaConfig, NormConfig, Parameter, parameter::check_sizes};
+use super::mixer::MixerConfig;
+use crate::layers::{MambaConfig, MlpConfig, NormConfig, Parameter, RetentionConfig, parameter::check_sizes};
+use crate::ops::Activation;
 use crate::{Error, Result};
 
 /// The largest number of blocks a config may ask for.
@@ -20,8 +22,12 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// The blocks in order.
     pub blocks: Vec<BlockConfig>,
+    /// The embedding is multiplied by this.
+    pub embedding_scale: f64,
+    /// A norm behind the embedding.
+    pub embedding_norm: Option<NormConfig>,
     /// The norm before the head.
-    pub final_norm: NormConfig,
+    pub final_norm: Option<NormConfig>,
     /// The head is the embedding.
     pub tie_embeddings: bool,
     /// The residual stream of bf16 and f16 models is f32.
@@ -45,80 +51,86 @@ pub struct SpecialTokens {
     pub pad: Option<u32>,
 }
 
-/// One block: `x + mixer(norm(x))`, then with an MLP `x + mlp(mlp.norm(x))`.
+/// One block: `x + mixer(norm(x))`, then with an MLP `x + mlp(mlp.norm(x))`; see [`Residual`] for other sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockConfig {
-    /// The norm before the mixer.
+    /// The norm of the mixer.
     pub norm: NormConfig,
     /// The mixer.
     pub mixer: MixerConfig,
     /// The MLP, if the block has one.
-    pub mlp: Option<MlpConfig>,
+    pub mlp: Option<FeedForwardConfig>,
+    /// How the two are added to the stream.
+    pub residual: Residual,
 }
 
-/// The MLP of a block.
+/// The MLP of a block and its norm.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MlpConfig {
-    /// The norm before it.
+pub struct FeedForwardConfig {
+    /// The norm.
     pub norm: NormConfig,
-    /// Its inner width.
-    pub d_intermediate: usize,
+    /// The layer.
+    pub layer: MlpConfig,
 }
 
-/// What mixes along the sequence.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum MixerConfig {
-    /// [`layers::Mamba`](crate::layers::Mamba)
-    Mamba(MambaConfig),
+/// How a block adds a layer `f` to the stream `x`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Residual {
+    /// The stream is multiplied by this: 1, but for deepnorm.
+    pub scale: f64,
+    /// `norm(scale x + f(x))` in the place of `scale x + f(norm(x))`.
+    pub post_norm: bool,
 }
 
-impl MixerConfig {
-    /// Its parameters by upstream name.
-    pub fn parameters(&self) -> Vec<Parameter> {
-        match self {
-            Self::Mamba(config) => config.parameters(),
-        }
-    }
-
-    fn width(&self) -> usize {
-        match self {
-            Self::Mamba(config) => config.d_model,
-        }
-    }
-
-    fn validate(&self) -> Result<()> {
-        match self {
-            Self::Mamba(config) => config.validate(),
-        }
-    }
-}
-
-impl MlpConfig {
-    /// The layer's sizes in a model of width `hidden_size`.
-    pub(crate) fn layer(&self, hidden_size: usize) -> GatedMlpConfig {
-        GatedMlpConfig { d_model: hidden_size, d_intermediate: self.d_intermediate }
+impl Default for Residual {
+    fn default() -> Self {
+        Self { scale: 1.0, post_norm: false }
     }
 }
 
 impl ModelConfig {
-    /// A Mamba of the published shape, in the layout of transformers: 16 states, 4 taps, twice the width inside, RMS
-    /// norms, the head tied to the embedding.
-    pub fn mamba(hidden_size: usize, layers: usize, vocab_size: usize) -> Self {
-        let norm = NormConfig::Rms { eps: 1e-5 };
-        let mixer = MixerConfig::Mamba(MambaConfig::new(hidden_size));
+    /// A model of `blocks` with nothing out of the ordinary: RMS norm before the head, tied embedding, f32 stream.
+    pub fn new(family: Family, vocab_size: usize, hidden_size: usize, blocks: Vec<BlockConfig>) -> Self {
         Self {
-            family: Family::Mamba,
+            family,
             vocab_size,
             vocab_multiple: 1,
             hidden_size,
-            blocks: vec![BlockConfig { norm, mixer, mlp: None }; layers],
-            final_norm: norm,
+            blocks,
+            embedding_scale: 1.0,
+            embedding_norm: None,
+            final_norm: Some(NormConfig::Rms { eps: 1e-5 }),
             tie_embeddings: true,
             residual_in_fp32: true,
             initializer_range: 0.02,
             rescale_residual: true,
             tokens: SpecialTokens::default(),
+        }
+    }
+
+    /// A Mamba of the published shape, in the layout of transformers: 16 states, 4 taps, twice the width inside, RMS
+    /// norms, the head tied to the embedding.
+    pub fn mamba(hidden_size: usize, layers: usize, vocab_size: usize) -> Self {
+        let mixer = MixerConfig::Mamba(MambaConfig::new(hidden_size));
+        let block = BlockConfig::new(NormConfig::Rms { eps: 1e-5 }, mixer, None);
+        Self::new(Family::Mamba, vocab_size, hidden_size, vec![block; layers])
+    }
+
+    /// A RetNet as torchscale has it: values and feed-forward layers twice as wide as the model, heads of 64 channels
+    /// (as many as fit, at least one), gated by SiLU, RMS norms, a head of its own.
+    pub fn retnet(hidden_size: usize, layers: usize, vocab_size: usize) -> Self {
+        let norm = NormConfig::Rms { eps: 1e-6 };
+        let heads = (1..=hidden_size.div_ceil(64)).rev().find(|&heads| hidden_size.is_multiple_of(2 * heads));
+        let mixer = RetentionConfig::new(hidden_size, heads.unwrap_or(1));
+        let layer = MlpConfig::gated(hidden_size, hidden_size.saturating_mul(2), Activation::Silu);
+        let mlp = Some(FeedForwardConfig { norm, layer });
+        let block = BlockConfig::new(norm, MixerConfig::Retention(mixer), mlp);
+        Self {
+            final_norm: Some(norm),
+            tie_embeddings: false,
+            initializer_range: (hidden_size.max(1) as f64).powf(-0.5),
+            rescale_residual: false,
+            ..Self::new(Family::RetNetTorchscale, vocab_size, hidden_size, vec![block; layers])
         }
     }
 
@@ -147,20 +159,14 @@ impl ModelConfig {
             let expected = "a finite number of at least 0";
             return Err(Error::value("model: initializer_range", expected, self.initializer_range));
         }
-        check_norm("final_norm", &self.final_norm)?;
+        for (name, norm) in [("embedding_norm", &self.embedding_norm), ("final_norm", &self.final_norm)] {
+            norm.as_ref().map_or(Ok(()), |norm| norm.validate(name))?;
+        }
+        if !self.embedding_scale.is_finite() {
+            return Err(Error::value("model: embedding_scale", "a finite number", self.embedding_scale));
+        }
         for (i, block) in self.blocks.iter().enumerate() {
-            check_norm(&format!("block {i}: norm"), &block.norm)?;
-            block.mixer.validate()?;
-            if block.mixer.width() != self.hidden_size {
-                let expected = format!("hidden_size = {}", self.hidden_size);
-                return Err(Error::value(format!("block {i}: d_model"), expected, block.mixer.width()));
-            }
-            if let Some(mlp) = &block.mlp {
-                check_norm(&format!("block {i}: mlp.norm"), &mlp.norm)?;
-                if mlp.d_intermediate == 0 {
-                    return Err(Error::value(format!("block {i}: d_intermediate"), "at least 1", 0));
-                }
-            }
+            block.validate(i, self.hidden_size)?;
         }
         check_sizes(&self.parameters())
     }
@@ -173,8 +179,11 @@ impl ModelConfig {
         for (i, block) in self.blocks.iter().enumerate() {
             all.extend(block.parameters(self.hidden_size).into_iter().map(|p| p.under(&block_name(i))));
         }
-        let norm = self.final_norm.parameters(self.hidden_size);
-        all.extend(norm.into_iter().map(|p| p.under("backbone.norm_f")));
+        let norms = [(EMBEDDING_NORM, &self.embedding_norm), (FINAL_NORM, &self.final_norm)];
+        for (name, norm) in norms {
+            let parameters = norm.iter().flat_map(|norm| norm.parameters(self.hidden_size));
+            all.extend(parameters.map(|p| p.under(name)));
+        }
         if !self.tie_embeddings {
             all.push(Parameter::new("lm_head.weight", &[rows, self.hidden_size]));
         }
@@ -188,6 +197,37 @@ impl ModelConfig {
 }
 
 impl BlockConfig {
+    /// A block with plain sums.
+    pub fn new(norm: NormConfig, mixer: MixerConfig, mlp: Option<FeedForwardConfig>) -> Self {
+        Self { norm, mixer, mlp, residual: Residual::default() }
+    }
+
+    /// Checks block `i` of a model of width `hidden_size`.
+    fn validate(&self, i: usize, hidden_size: usize) -> Result<()> {
+        self.norm.validate(&format!("block {i}: norm"))?;
+        self.mixer.validate()?;
+        let mut widths = vec![("d_model", self.mixer.width())];
+        if let Some(mlp) = &self.mlp {
+            mlp.norm.validate(&format!("block {i}: mlp.norm"))?;
+            mlp.layer.validate()?;
+            widths.push(("mlp.d_model", mlp.layer.d_model));
+        }
+        for (name, width) in widths {
+            if width != hidden_size {
+                let expected = format!("hidden_size = {hidden_size}");
+                return Err(Error::value(format!("block {i}: {name}"), expected, width));
+            }
+        }
+        if !self.residual.scale.is_finite() {
+            return Err(Error::value(
+                format!("block {i}: residual.scale"),
+                "a finite number",
+                self.residual.scale,
+            ));
+        }
+        Ok(())
+    }
+
     /// The parameters of one block in a model of width `hidden_size`.
     fn parameters(&self, hidden_size: usize) -> Vec<Parameter> {
         let under = |prefix: &'static str, all: Vec<Parameter>| all.into_iter().map(|p| p.under(prefix));
@@ -195,21 +235,17 @@ impl BlockConfig {
         all.extend(under("mixer", self.mixer.parameters()));
         if let Some(mlp) = &self.mlp {
             all.extend(under("norm2", mlp.norm.parameters(hidden_size)));
-            all.extend(under("mlp", mlp.layer(hidden_size).parameters()));
+            all.extend(under("mlp", mlp.layer.parameters()));
         }
         all
     }
 }
 
+/// The prefixes of the norms outside the blocks.
+pub(crate) const EMBEDDING_NORM: &str = "backbone.embedding_norm";
+pub(crate) const FINAL_NORM: &str = "backbone.norm_f";
+
 /// The prefix of block `i`.
 pub(crate) fn block_name(i: usize) -> String {
     format!("backbone.layers.{i}")
-}
-
-fn check_norm(name: &str, norm: &NormConfig) -> Result<()> {
-    let (NormConfig::Rms { eps } | NormConfig::Layer { eps }) = *norm;
-    if eps >= 0.0 && eps.is_finite() {
-        return Ok(());
-    }
-    Err(Error::value(format!("{name}: eps"), "a finite number of at least 0", eps))
 }

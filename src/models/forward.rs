@@ -1,9 +1,12 @@
 //! The forward pass: checks, chunks, blocks with or without recomputation, head.
 
+use super::Form;
 use super::block::{Block, Stream};
 use super::language_model::LanguageModel;
-use super::state::{MixerState, ModelState};
+use super::mixer::MixerState;
+use super::state::ModelState;
 use crate::autograd::checkpoint;
+use crate::layers::{LayerState, state::advance};
 use crate::ops::{Segments, accumulation_dtype};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -100,7 +103,8 @@ impl LanguageModel {
         };
         let mut carried = state.as_deref().map(|state| state.blocks.clone());
         let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
-        let chunk = if tracked { length } else { (CHUNK / batch).max(CHUNK / 8) };
+        let whole = tracked || self.form == Form::Parallel;
+        let chunk = if whole { length } else { (CHUNK / batch).max(CHUNK / 8) };
         if chunk < length && carried.is_none() {
             carried = Some(self.init_state(batch)?.blocks);
         }
@@ -112,7 +116,7 @@ impl LanguageModel {
             let stream = self.embed(&ids.narrow(1, start, end - start)?)?;
             let stream = self.through_blocks(stream, part.as_ref(), carried.as_mut())?;
             let Some(last) = &last else {
-                pieces.push(stream.norm(&self.final_norm, self.dtype)?.1);
+                pieces.push(self.finish(stream)?);
                 continue;
             };
             for (row, &token) in last.iter().enumerate().filter(|(_, token)| (start..end).contains(token)) {
@@ -121,11 +125,11 @@ impl LanguageModel {
         }
         if last.is_some() {
             let picked: Vec<Stream> = picked.into_iter().flatten().collect();
-            pieces.push(Stream::cat(&picked)?.norm(&self.final_norm, self.dtype)?.1);
+            pieces.push(self.finish(Stream::cat(&picked)?)?);
         }
         if let (Some(state), Some(blocks)) = (state, carried) {
             state.blocks = blocks;
-            state.advance(segments, length);
+            advance(&mut state.positions, segments, length);
         }
         match <[Tensor; 1]>::try_from(pieces) {
             Ok([piece]) => Ok(piece),
@@ -165,7 +169,9 @@ impl LanguageModel {
         if let Some(state) = state.as_deref() {
             inputs.extend(state.tensors().into_iter().map(|(_, tensor)| tensor.clone()));
         }
-        let (block, segments, dtype) = (block.clone(), segments.cloned(), self.dtype);
+        let length = stream.sum.dim(1)?;
+        let ends_in_norm = block.ends_in_norm();
+        let (block, cuts, dtype) = (block.clone(), segments.cloned(), self.dtype);
         let template = state.as_deref().map(|state| state.detach());
         let forward = move |inputs: &[Tensor]| {
             let update = if streams > 1 { inputs.get(1).cloned() } else { None };
@@ -174,18 +180,23 @@ impl LanguageModel {
             if let Some(state) = &mut state {
                 state.replace(&inputs[streams..]);
             }
-            let stream = block.forward(stream, dtype, segments.as_ref(), state.as_mut())?;
+            let stream = block.forward(stream, dtype, cuts.as_ref(), state.as_mut())?;
             let mut outputs = vec![stream.sum];
             outputs.extend(stream.update);
-            outputs.extend(state.iter().flat_map(MixerState::tensors).map(|(_, tensor)| tensor.clone()));
+            outputs.extend(state.iter().flat_map(LayerState::tensors).map(|(_, tensor)| tensor.clone()));
             Ok(outputs)
         };
         let inputs: Vec<&Tensor> = inputs.iter().collect();
         let variables: Vec<&Tensor> = variables.iter().collect();
         let mut outputs = checkpoint(&inputs, &variables, forward)?.into_iter();
-        let (sum, update) = (outputs.next(), outputs.next());
+        let sum = outputs.next();
+        // a block that ends in a norm leaves nothing pending
+        let update = if ends_in_norm { None } else { outputs.next() };
         if let Some(state) = state {
             state.replace(outputs.as_slice());
+            if let Some(positions) = state.positions_mut() {
+                advance(positions, segments, length);
+            }
         }
         let sum = sum.ok_or_else(|| Error::value("checkpoint", "an output for the stream", "none"))?;
         Ok(Stream { sum, update })
@@ -237,7 +248,7 @@ impl ModelState {
             return Err(Error::value("state", format!("a batch of {batch}, as the ids have"), got));
         }
         let dtype = accumulation_dtype(model.dtype);
-        for (name, tensor) in self.blocks.iter().flat_map(MixerState::tensors) {
+        for (name, tensor) in self.blocks.iter().flat_map(LayerState::tensors) {
             if tensor.dtype() != dtype {
                 return Err(Error::dtype(format!("state: {name}"), format!("{dtype:?}"), tensor.dtype()));
             }

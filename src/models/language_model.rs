@@ -1,10 +1,11 @@
 //! The one language model.
 
+use super::Form;
 use super::block::{Block, Stream};
-use super::config::{ModelConfig, block_name};
+use super::config::{EMBEDDING_NORM, FINAL_NORM, ModelConfig, block_name};
 use super::state::ModelState;
 use crate::layers::parameter::normal;
-use crate::layers::{GatedMlp, Mamba, NormLayer};
+use crate::layers::{Mlp, NormConfig, NormLayer};
 use crate::ops::accumulation_dtype;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -27,9 +28,11 @@ pub struct LanguageModel {
     pub(super) embedding: Tensor,
     pub(super) blocks: Vec<Arc<Block>>,
     pub(super) block_variables: Vec<Vec<Tensor>>,
-    pub(super) final_norm: NormLayer,
+    embedding_norm: Option<NormLayer>,
+    final_norm: Option<NormLayer>,
     head: Tensor,
     pub(super) recompute: bool,
+    pub(super) form: Form,
     pub(super) kind: String,
 }
 
@@ -94,6 +97,9 @@ impl LanguageModel {
 
         let vb = VarBuilder::from_tensors(tensors, dtype, device);
         let block = |(i, block)| Ok(Arc::new(Block::new(block, config.hidden_size, vb.pp(block_name(i)))?));
+        let norm = |norm: &Option<NormConfig>, name: &str| {
+            norm.as_ref().map(|norm| NormLayer::new(norm, config.hidden_size, vb.pp(name))).transpose()
+        };
         let rows = (config.vocab_rows(), config.hidden_size);
         let embedding = vb.get(rows, "backbone.embeddings.weight")?;
         let head = if config.tie_embeddings { embedding.clone() } else { vb.get(rows, "lm_head.weight")? };
@@ -105,9 +111,11 @@ impl LanguageModel {
             embedding,
             blocks: config.blocks.iter().enumerate().map(block).collect::<Result<_>>()?,
             block_variables,
-            final_norm: NormLayer::new(&config.final_norm, config.hidden_size, vb.pp("backbone.norm_f"))?,
+            embedding_norm: norm(&config.embedding_norm, EMBEDDING_NORM)?,
+            final_norm: norm(&config.final_norm, FINAL_NORM)?,
             head,
             recompute: false,
+            form: Form::Auto,
             kind: kind(config),
             config: config.clone(),
         })
@@ -144,6 +152,17 @@ impl LanguageModel {
         self.recompute = recompute;
     }
 
+    /// Chooses among the equal forms of those mixers that have several (retention); the others are left as they are.
+    /// Returns whether any mixer has forms.
+    ///
+    /// # Errors
+    /// Chunks of no tokens.
+    pub fn set_form(&mut self, form: Form) -> Result<bool> {
+        form.validate()?;
+        self.form = form;
+        self.blocks.iter_mut().try_fold(false, |any, block| Ok(Arc::make_mut(block).set_form(form)? | any))
+    }
+
     /// The same weights, shared, with nothing tracked: for evaluation and generation between training steps.
     ///
     /// Take a new one after the variables have changed.
@@ -156,7 +175,9 @@ impl LanguageModel {
             let tensor = self.parameters.get(&self.config.family.upstream_name(&name))?.detach();
             Some((name, tensor))
         });
-        Self::from_tensors(&self.config, detached.collect(), self.dtype, &self.device)
+        let mut frozen = Self::from_tensors(&self.config, detached.collect(), self.dtype, &self.device)?;
+        frozen.set_form(self.form)?;
+        Ok(frozen)
     }
 
     /// Refuses weights that are not finite, naming the tensors. Reads every weight once.
@@ -206,8 +227,19 @@ impl LanguageModel {
         let (batch, length) = ids.dims2()?;
         let x = self.embedding.index_select(&ids.flatten_all()?, 0)?;
         let x = x.reshape((batch, length, self.config.hidden_size))?;
+        let x =
+            if self.config.embedding_scale == 1.0 { x } else { x.affine(self.config.embedding_scale, 0.0)? };
+        let x = self.embedding_norm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))?;
         let wide = if self.config.residual_in_fp32 { accumulation_dtype(self.dtype) } else { self.dtype };
         Ok(Stream { sum: x.to_dtype(wide)?, update: None })
+    }
+
+    /// The residual stream at its end, as the head sees it: `[B, L, D]` in the dtype of the weights.
+    pub(super) fn finish(&self, stream: Stream) -> Result<Tensor> {
+        match &self.final_norm {
+            Some(norm) => Ok(stream.norm(norm, self.dtype)?.1),
+            None => Ok(stream.value()?.to_dtype(self.dtype)?),
+        }
     }
 }
 
@@ -223,8 +255,7 @@ pub(super) fn check_dtype(dtype: DType) -> Result<()> {
 fn kind(config: &ModelConfig) -> String {
     let mut blocks: Vec<(String, usize)> = vec![];
     for block in &config.blocks {
-        let super::MixerConfig::Mamba(c) = &block.mixer;
-        let name = format!("mamba d_inner {} d_state {} d_conv {}", c.d_inner, c.d_state, c.d_conv);
+        let name = block.mixer.describe();
         match blocks.last_mut() {
             Some((last, count)) if *last == name => *count += 1,
             _ => blocks.push((name, 1)),
@@ -255,14 +286,17 @@ fn initial_values(config: &ModelConfig, seed: u64) -> Result<HashMap<String, Ten
     for (i, block) in config.blocks.iter().enumerate() {
         let name = |part: &str| format!("{}.{part}", block_name(i));
         insert(&name("norm"), block.norm.init(width)?);
-        let super::MixerConfig::Mamba(mixer) = &block.mixer;
-        insert(&name("mixer"), Mamba::init(mixer, rng, scale)?);
+        insert(&name("mixer"), block.mixer.init(rng, scale)?);
         if let Some(mlp) = &block.mlp {
             insert(&name("norm2"), mlp.norm.init(width)?);
-            insert(&name("mlp"), GatedMlp::init(&mlp.layer(width), rng, scale)?);
+            insert(&name("mlp"), Mlp::init(&mlp.layer, rng, scale)?);
         }
     }
-    insert("backbone.norm_f", config.final_norm.init(width)?);
+    for (name, norm) in [(EMBEDDING_NORM, &config.embedding_norm), (FINAL_NORM, &config.final_norm)] {
+        if let Some(norm) = norm {
+            insert(name, norm.init(width)?);
+        }
+    }
     if !config.tie_embeddings {
         let bound = (width as f64).powf(-0.5);
         insert("lm_head", vec![("weight".into(), crate::layers::parameter::uniform(rng, &rows, bound)?)]);

@@ -61,6 +61,7 @@ fn load_with(
     check_dtype(dtype)?;
     let config = read_config(dir)?;
     let files = WeightFiles::open(dir)?;
+    let config = formats::settle(config, files.entries.keys().map(String::as_str));
     let names = match_names(&config, &files)?;
     let mut tensors = HashMap::new();
     for parameter in config.parameters() {
@@ -69,6 +70,13 @@ fn load_with(
         tensors.insert(parameter.name, finish(tensor)?);
     }
     LanguageModel::from_tensors(&config, tensors, dtype, device)
+}
+
+/// Whether a stored buffer holds these values, up to the rounding of a half.
+fn agrees(stored: &Tensor, values: &[f64]) -> Result<bool> {
+    let stored = stored.flatten_all()?.to_vec1::<f64>()?;
+    let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-6 + 5e-3 * b.abs();
+    Ok(stored.len() == values.len() && stored.iter().zip(values).all(near))
 }
 
 /// The file's name of each parameter, or all that does not fit.
@@ -81,6 +89,11 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
         }
     }
     let head = if config.tie_embeddings { names.remove(HEAD) } else { None };
+    for (name, values) in config.family.buffers(config) {
+        if names.remove(&name).is_some() && !agrees(&files.read(&name, DType::F64, &Device::Cpu)?, &values)? {
+            wrong.push(format!("{name}: expected the values that follow from the config, {values:.6?}"));
+        }
+    }
     let parameters = config.parameters();
     // a tied head may be stored too, or alone, but must be the embedding
     match (head, names.get(EMBEDDING)) {

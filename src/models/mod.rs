@@ -10,15 +10,18 @@ pub mod formats;
 mod forward;
 mod language_model;
 mod load;
+mod mixer;
 mod save;
 mod state;
 pub(crate) mod weights;
 
-pub use config::{BlockConfig, MixerConfig, MlpConfig, ModelConfig, SpecialTokens};
+pub use config::{BlockConfig, FeedForwardConfig, ModelConfig, Residual, SpecialTokens};
 pub use formats::Family;
 pub use language_model::LanguageModel;
 pub use load::{load, load_trainable, read_config};
-pub use state::{MixerState, ModelState};
+pub use mixer::{MixerConfig, MixerState};
+pub use state::ModelState;
 pub use weights::write as write_safetensors;
 
 pub use crate::layers::NormConfig;
+pub use crate::ops::Form;

@@ -4,6 +4,7 @@ use super::formats;
 use super::language_model::LanguageModel;
 use super::weights::{write, write_file};
 use crate::{Error, Result};
+use candle_core::{Device, Tensor};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -23,7 +24,12 @@ impl LanguageModel {
         let text = serde_json::to_string_pretty(&config)
             .map_err(|e| Error::File { path: path.clone(), reason: e.to_string() })?;
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        write(&dir.join("model.safetensors"), self.parameters(), &[("format", "pt")])?;
+        let mut tensors = self.parameters().clone();
+        for (name, values) in self.config.family.buffers(&self.config) {
+            let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
+            tensors.insert(name, Tensor::from_slice(&values, values.len(), &Device::Cpu)?);
+        }
+        write(&dir.join("model.safetensors"), &tensors, &[("format", "pt")])?;
         write_file(&path, |file| {
             file.write_all(text.as_bytes()).and_then(|()| file.write_all(b"\n")).map_err(Error::io(&path))
         })

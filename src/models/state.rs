@@ -1,51 +1,12 @@
 //! What a model carries from one call to the next.
 
+use super::mixer::MixerState;
 use super::weights::{self, SafeTensorsFile};
-use crate::layers::MambaState;
-use crate::ops::Segments;
+use crate::layers::LayerState;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// The state of one block's mixer.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum MixerState {
-    /// See [`MambaState`].
-    Mamba(MambaState),
-}
-
-impl MixerState {
-    /// The tensors by name, batch first.
-    pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors().to_vec(),
-        }
-    }
-
-    /// The same values without their history.
-    pub(crate) fn detach(&self) -> Self {
-        let mut state = self.clone();
-        for (_, tensor) in state.tensors_mut() {
-            *tensor = tensor.detach();
-        }
-        state
-    }
-
-    /// Puts `tensors`, in the order of [`MixerState::tensors`], in the place of its own.
-    pub(crate) fn replace(&mut self, tensors: &[Tensor]) {
-        for ((_, old), new) in self.tensors_mut().into_iter().zip(tensors) {
-            *old = new.clone();
-        }
-    }
-
-    pub(crate) fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
-        match self {
-            Self::Mamba(MambaState { conv, scan }) => vec![("conv", conv), ("scan", scan)],
-        }
-    }
-}
 
 /// What `B` sequences have left behind in a model: everything that is needed to go on.
 ///
@@ -70,14 +31,16 @@ impl ModelState {
     /// # Errors
     /// A failed allocation.
     pub fn reset(&mut self) -> Result<()> {
-        self.change(|x| Ok(x.zeros_like()?.detach()))?;
+        let mut blocks = self.blocks.clone();
+        blocks.iter_mut().try_for_each(LayerState::reset)?;
+        self.blocks = blocks;
         self.positions.fill(0);
         Ok(())
     }
 
     /// Cuts the history off: later gradients end here (truncated back-propagation).
     pub fn detach(&mut self) {
-        self.blocks = self.blocks.iter().map(MixerState::detach).collect();
+        self.blocks = self.blocks.iter().map(LayerState::detach).collect();
     }
 
     /// The states of `rows`, in that order; a row may come more than once.
@@ -89,14 +52,11 @@ impl ModelState {
         if let Some(row) = rows.iter().find(|&&row| row >= batch) {
             return Err(Error::value("state: row", format!("below the batch of {batch}"), row));
         }
-        let indices: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-        let mut selected = self.clone();
-        selected.change(|x| {
-            let index = Tensor::from_slice(&indices, indices.len(), x.device())?;
-            Ok(x.index_select(&index, 0)?)
-        })?;
-        selected.positions = rows.iter().map(|&row| self.positions[row]).collect();
-        Ok(selected)
+        Ok(Self {
+            blocks: self.blocks.iter().map(|block| block.select(rows)).collect::<Result<_>>()?,
+            positions: rows.iter().map(|&row| self.positions[row]).collect(),
+            model: self.model.clone(),
+        })
     }
 
     /// `B`
@@ -106,8 +66,7 @@ impl ModelState {
 
     /// The memory the state takes, in bytes.
     pub fn bytes(&self) -> usize {
-        let size = |(_, x): (_, &Tensor)| x.elem_count() * x.dtype().size_in_bytes();
-        self.blocks.iter().flat_map(MixerState::tensors).map(size).sum()
+        self.blocks.iter().map(LayerState::bytes).sum()
     }
 
     /// Writes the state to a safetensors file: to a temporary file beside it first, which then takes its name.
@@ -123,7 +82,14 @@ impl ModelState {
                 tensors.insert(format!("blocks.{i}.{name}"), tensor.clone());
             }
         }
-        let metadata = [("format", KIND), ("version", VERSION), ("model", &self.model)];
+        let mixers: Vec<&str> = self.blocks.iter().map(MixerState::mixer).collect();
+        let mixers = mixers.join(" ");
+        let metadata = [
+            ("format", KIND),
+            ("version", VERSION),
+            ("model", self.model.as_str()),
+            ("mixers", mixers.as_str()),
+        ];
         weights::write(path.as_ref(), &tensors, &metadata)
     }
 
@@ -148,44 +114,19 @@ impl ModelState {
         let positions: Vec<i64> = positions.to_vec1().map_err(|_| wrong("expected positions [B] of i64"))?;
         let positions = positions.iter().map(|&p| usize::try_from(p)).collect::<Result<Vec<_>, _>>();
         let positions = positions.map_err(|_| wrong("a negative position"))?;
-        let mut blocks = vec![];
-        while file.contains(&format!("blocks.{}.scan", blocks.len())) {
+        let mixers = file.metadata("mixers").ok_or_else(|| wrong("the names of the mixers are missing"))?;
+        let block = |(i, mixer): (usize, &str)| {
             let get = |name: &str| -> Result<Tensor> {
-                let tensor = file.tensor(&format!("blocks.{}.{name}", blocks.len()), None, device)?;
+                let name = format!("blocks.{i}.{name}");
+                let tensor = file.tensor(&name, None, device)?;
                 match (tensor.dims().first() == Some(&positions.len()), tensor.dtype()) {
                     (true, DType::F32 | DType::F64) => Ok(tensor),
-                    _ => Err(wrong(&format!(
-                        "blocks.{}.{name}: expected [{}, ..] of f32 or f64",
-                        blocks.len(),
-                        positions.len()
-                    ))),
+                    _ => Err(wrong(&format!("{name}: expected [{}, ..] of f32 or f64", positions.len()))),
                 }
             };
-            blocks.push(MixerState::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? }));
-        }
+            MixerState::from_tensors(mixer, get, &positions)?.ok_or_else(|| wrong("unknown mixers"))
+        };
+        let blocks = mixers.split_whitespace().enumerate().map(block).collect::<Result<_>>()?;
         Ok(Self { blocks, positions, model: model.to_string() })
-    }
-
-    /// Moves the positions behind `length` tokens.
-    pub(crate) fn advance(&mut self, segments: Option<&Segments>, length: usize) {
-        for (row, position) in self.positions.iter_mut().enumerate() {
-            match segments {
-                None => *position += length,
-                Some(segments) => {
-                    for run in segments.row(row) {
-                        *position = if run.fresh { 0 } else { *position } + run.tokens.len();
-                    }
-                }
-            }
-        }
-    }
-
-    fn change(&mut self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
-        let mut blocks = self.blocks.clone();
-        for (_, tensor) in blocks.iter_mut().flat_map(MixerState::tensors_mut) {
-            *tensor = f(tensor)?;
-        }
-        self.blocks = blocks;
-        Ok(())
     }
 }

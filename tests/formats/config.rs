@@ -134,7 +134,7 @@ fn keys_left_out_have_their_defaults() {
     for family in [Family::Mamba, Family::FalconMamba] {
         let mut config = config(family);
         for block in &mut config.blocks {
-            let MixerConfig::Mamba(mixer) = &mut block.mixer else { unreachable!() };
+            let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
             (mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank) = (24, 16, 4, 1);
             mixer.bias = false;
         }

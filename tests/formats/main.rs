@@ -15,8 +15,9 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use subquadratic::layers::MlpConfig;
 use subquadratic::models::{
-    Family, LanguageModel, MixerConfig, MlpConfig, ModelConfig, NormConfig, load, write_safetensors,
+    Family, FeedForwardConfig, LanguageModel, MixerConfig, ModelConfig, NormConfig, load, write_safetensors,
 };
 use tempfile::TempDir;
 
@@ -29,7 +30,7 @@ fn config(family: Family) -> ModelConfig {
     // what only a fresh model needs is no part of a saved one, except where the family says so itself
     config.rescale_residual = family == Family::MambaOriginal;
     for block in &mut config.blocks {
-        let MixerConfig::Mamba(mixer) = &mut block.mixer else { unreachable!() };
+        let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
         (mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank) = (36, 5, 3, 2);
         mixer.bias = true;
         if family == Family::FalconMamba {
@@ -39,7 +40,10 @@ fn config(family: Family) -> ModelConfig {
     if family == Family::MambaOriginal {
         config.vocab_multiple = 8;
         for block in &mut config.blocks {
-            block.mlp = Some(MlpConfig { norm: NormConfig::Rms { eps: 1e-5 }, d_intermediate: 128 });
+            block.mlp = Some(FeedForwardConfig {
+                norm: NormConfig::Rms { eps: 1e-5 },
+                layer: MlpConfig::joint(12, 128),
+            });
         }
     }
     config

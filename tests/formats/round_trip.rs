@@ -90,7 +90,7 @@ fn configs_beyond_a_family_are_not_saved() {
         (Family::Mamba, |c| c.blocks[1].mlp = super::config(Family::MambaOriginal).blocks[0].mlp),
         (Family::Mamba, |c| c.blocks[0].norm = NormConfig::Rms { eps: 1e-3 }),
         (Family::Mamba, |c| c.vocab_multiple = 8),
-        (Family::MambaOriginal, |c| c.final_norm = NormConfig::Rms { eps: 1e-3 }),
+        (Family::MambaOriginal, |c| c.final_norm = Some(NormConfig::Rms { eps: 1e-3 })),
         (Family::MambaOriginal, |c| c.blocks[1].mlp = None),
         (Family::FalconMamba, |c| {
             let MixerConfig::Mamba(mixer) = &mut c.blocks[0].mixer else { unreachable!() };
@@ -133,9 +133,10 @@ fn any_config() -> impl Strategy<Value = ModelConfig> {
                 (true, false) => NormConfig::Rms { eps: 1e-5 },
                 _ => NormConfig::Rms { eps },
             };
-            let mlp = (original && flags[2]).then_some(MlpConfig { norm, d_intermediate: 128 });
-            config.blocks = vec![BlockConfig { norm, mixer: MixerConfig::Mamba(mixer), mlp }; layers];
-            (config.family, config.final_norm, config.tie_embeddings) = (family, norm, flags[4]);
+            let mlp = (original && flags[2])
+                .then_some(FeedForwardConfig { norm, layer: MlpConfig::joint(width, 128) });
+            config.blocks = vec![BlockConfig::new(norm, MixerConfig::Mamba(mixer), mlp); layers];
+            (config.family, config.final_norm, config.tie_embeddings) = (family, Some(norm), flags[4]);
             config.residual_in_fp32 = flags[5];
             config.vocab_multiple = if original { multiple } else { 1 };
             config.initializer_range = if original { 0.02 } else { range };

@@ -2,7 +2,8 @@
 
 use super::*;
 use subquadratic::generate::{GenerationConfig, generate};
-use subquadratic::models::{MixerState, ModelState};
+use subquadratic::layers::LayerState;
+use subquadratic::models::ModelState;
 use subquadratic::ops::Segments;
 
 fn read_to(model: &LanguageModel) -> ModelState {
@@ -12,7 +13,7 @@ fn read_to(model: &LanguageModel) -> ModelState {
 }
 
 fn bits(state: &ModelState) -> Vec<u64> {
-    state.blocks.iter().flat_map(MixerState::tensors).flat_map(|(_, x)| common::bits(x)).collect()
+    state.blocks.iter().flat_map(LayerState::tensors).flat_map(|(_, x)| common::bits(x)).collect()
 }
 
 #[test]
@@ -71,12 +72,23 @@ fn files_that_are_no_states_are_refused() {
     };
     let write = |tensors: &BTreeMap<String, Tensor>, version: &str| {
         let format = ("format", "subquadratic.state");
-        write_safetensors(&path, tensors, &[format, ("version", version), ("model", &kind)]).unwrap();
+        write_safetensors(
+            &path,
+            tensors,
+            &[format, ("version", version), ("model", &kind), ("mixers", "mamba mamba")],
+        )
+        .unwrap();
     };
     write(&tensors(), "1");
     assert_eq!(bits(&ModelState::load(&path, &Device::Cpu).unwrap()), bits(&state));
     write(&tensors(), "2");
     fails(&["version"]);
+    for mixers in [None, Some("mamba abacus")] {
+        let mut metadata = vec![("format", "subquadratic.state"), ("version", "1"), ("model", kind.as_str())];
+        metadata.extend(mixers.map(|mixers| ("mixers", mixers)));
+        write_safetensors(&path, &tensors(), &metadata).unwrap();
+        fails(&["mixers"]);
+    }
     let new = |x: &[i64]| Tensor::new(x, &Device::Cpu).unwrap();
     let changed = |name: &str, tensor: Option<Tensor>| {
         let mut all = tensors();
@@ -94,6 +106,7 @@ fn files_that_are_no_states_are_refused() {
         ("positions", Some(Tensor::new(&[7f32, 7.0], &Device::Cpu).unwrap())),
         ("blocks.1.conv", None),
         ("blocks.1.scan", Some(new(&[1, 2]))),
+        ("blocks.1.scan", None),
         ("blocks.1.scan", Some(Tensor::zeros((3, 36, 5), DType::F32, &Device::Cpu).unwrap())),
         ("blocks.0.conv", Some(Tensor::zeros((2, 36, 2), DType::BF16, &Device::Cpu).unwrap())),
     ] {
@@ -105,7 +118,6 @@ fn files_that_are_no_states_are_refused() {
     for (name, tensor) in [
         ("blocks.1.scan", Some(Tensor::zeros((2, 36, 6), DType::F32, &Device::Cpu).unwrap())),
         ("blocks.0.conv", Some(Tensor::zeros((2, 72), DType::F32, &Device::Cpu).unwrap())),
-        ("blocks.1.scan", None),
     ] {
         changed(name, tensor);
         let mut state = ModelState::load(&path, &Device::Cpu).unwrap();

@@ -8,6 +8,7 @@
 //! | [`exp`] | 3 ulp / 3 ulp | all; the same |
 //! | [`sigmoid`], [`silu`] | 5 ulp / 5 ulp | all; the same |
 //! | [`softplus`] | 6 ulp / 6 ulp | all: log(1 + e^x) without overflow, relative accuracy in both tails |
+//! | [`gelu`], [`gelu_tanh`] | 6 ulp / 6 ulp of the larger of 1 and the result | all |
 //!
 //! NaN gives NaN. The base 2 form is exact at 0, so a decay with zero step is exactly 1.
 
@@ -83,6 +84,53 @@ pub(crate) fn softplus<T: Real, S: Simd<T>>(s: S, x: S::V) -> S::V {
     s.add(s.max(zero, x), log)
 }
 
+/// P(X > |x|) of a standard normal X: erfc(|x| / sqrt 2) / 2.
+#[inline(always)]
+fn normal_tail<T: Real, S: Simd<T>>(s: S, x: S::V) -> S::V {
+    let x = s.max(s.sub(s.splat(T::ZERO), x), x);
+    let z = s.min(s.splat(T::ERFC_LIMIT), s.mul(x, s.splat(T::from_f64(std::f64::consts::FRAC_1_SQRT_2))));
+    let two = s.splat(T::ONE + T::ONE);
+    let t = s.div(two, s.add(two, z));
+    let [slope, offset] = T::ERFC_MAP;
+    let p = polynomial(s, T::ERFC, s.fma(t, s.splat(slope), s.splat(offset)));
+    let e = exp(s, s.nfma(z, z, p));
+    s.mul(s.mul(t, e), s.splat(T::from_f64(0.5)))
+}
+
+/// x P(X < x) of a standard normal X, the exact GELU, and its derivative.
+#[inline(always)]
+pub(crate) fn gelu<T: Real, S: Simd<T>>(s: S, x: S::V) -> [S::V; 2] {
+    let (zero, one) = (s.splat(T::ZERO), s.splat(T::ONE));
+    let tail = normal_tail(s, x);
+    let magnitude = s.max(s.sub(zero, x), x);
+    // beyond the limit the tail is zero, and infinity times zero would be no number
+    let held = s.min(s.splat(T::ERFC_LIMIT * T::from_f64(2.0)), magnitude);
+    let value = s.nfma(held, tail, s.max(zero, x));
+    // one for positive x, else zero
+    let step = s.max(zero, s.min(one, s.mul(x, s.splat(T::from_f64(1e30)))));
+    let below = s.nfma(s.sub(s.add(step, step), one), tail, step);
+    let density = exp(s, s.mul(s.mul(held, held), s.splat(T::from_f64(-0.5))));
+    let density = s.mul(density, s.splat(T::from_f64(0.398_942_280_401_432_7)));
+    [value, s.fma(clamp(s, x, T::ERFC_LIMIT * T::from_f64(2.0)), density, below)]
+}
+
+/// The GELU by its approximation x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), and its derivative.
+#[inline(always)]
+pub(crate) fn gelu_tanh<T: Real, S: Simd<T>>(s: S, x: S::V) -> [S::V; 2] {
+    let one = s.splat(T::ONE);
+    let factor = s.splat(T::from_f64(2.0 * 0.797_884_560_802_865_4));
+    let cubic = T::from_f64(0.044_715);
+    // where the sigmoid has long been 0 or 1, the cube may not overflow
+    let held = clamp(s, x, T::from_f64(40.0));
+    let square = s.mul(held, held);
+    let u = s.mul(s.mul(factor, held), s.fma(square, s.splat(cubic), one));
+    let gate = sigmoid(s, u);
+    let inner = s.mul(factor, s.fma(square, s.splat(cubic * T::from_f64(3.0)), one));
+    let slope = s.mul(s.mul(s.mul(held, gate), s.sub(one, gate)), inner);
+    let beyond = s.max(s.splat(T::ZERO), s.sub(x, held));
+    [s.fma(held, gate, beyond), s.add(gate, slope)]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,6 +152,8 @@ mod tests {
                         "exp" => exp(s, v),
                         "sigmoid" => sigmoid(s, v),
                         "silu" => silu(s, v),
+                        "gelu" => gelu(s, v)[0],
+                        "gelu_tanh" => gelu_tanh(s, v)[0],
                         _ => softplus(s, v),
                     };
                     s.store_first(y.as_mut_ptr(), x.len(), v);
@@ -151,6 +201,32 @@ mod tests {
         check::<f64>(2f64.powi(-53), 2f64.powi(-1020), 700.0);
     }
 
+    fn check_gelu<T: Real + std::fmt::Debug>(ulp: f64) {
+        let xs: Vec<T> = (0..40_007).map(|i| T::from_f64(14.0 * (i as f64 / 20_003.0 - 1.0))).collect();
+        let exact = |x: f64| 0.5 * x * candle_core::cpu::erf::erfc_f64(-x / 2f64.sqrt());
+        let tanh = |x: f64| 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x * x * x)).tanh());
+        for &isa in Isa::available() {
+            for (name, exact) in [("gelu", &exact as &dyn Fn(f64) -> f64), ("gelu_tanh", &tanh)] {
+                let mut ys = vec![T::ZERO; xs.len()];
+                T::dispatch_on(isa, Map(name, &xs, &mut ys));
+                for (x, y) in xs.iter().zip(&ys) {
+                    let want = exact(x.to_f64());
+                    let error = (y.to_f64() - want).abs();
+                    assert!(
+                        error <= 6.0 * ulp * want.abs().max(1.0),
+                        "{isa:?} {name}({x:?}) = {y:?}, want {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gelu_is_exact_in_every_instruction_set() {
+        check_gelu::<f32>(2f64.powi(-24));
+        check_gelu::<f64>(2f64.powi(-53));
+    }
+
     #[test]
     fn extremes_saturate_and_nan_stays() {
         for &isa in Isa::available() {
@@ -169,6 +245,12 @@ mod tests {
             assert_eq!(ys[2], 1e30);
             assert_eq!(ys[3], 0.0);
             assert!(ys[6].is_nan());
+            for name in ["gelu", "gelu_tanh"] {
+                let ys = run(name);
+                assert_eq!((ys[2], ys[4]), (1e30, f32::INFINITY), "{isa:?} {name}");
+                assert!([0, 1, 3, 5, 7].iter().all(|&i| ys[i].abs() < 1e-39), "{isa:?} {name} {ys:?}");
+                assert!(ys[6].is_nan());
+            }
             let ys = run("sigmoid");
             assert_eq!((ys[2], ys[3]), (1.0, 0.0));
             assert!(ys[6].is_nan());

@@ -2,6 +2,7 @@
 //! work in [`parallel`], large results in [`memory`].
 
 pub(crate) mod math;
+pub(crate) mod matrix;
 pub(crate) mod memory;
 pub(crate) mod parallel;
 pub(crate) mod simd;

@@ -19,6 +19,7 @@ mod state;
 pub use config::{MambaConfig, TimeStepInit, TimeStepScheme};
 pub use state::MambaState;
 
+use super::Linear;
 use super::parameter::Reader;
 use crate::ops::linear;
 use crate::ops::selective_scan;
@@ -42,18 +43,6 @@ pub struct Mamba {
     decay: Decay,
     d: Tensor,
     out_proj: Linear,
-}
-
-#[derive(Clone, Debug)]
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        linear(x, &self.weight, self.bias.as_ref())
-    }
 }
 
 /// `A`, from its logarithm where that may still change.
@@ -94,13 +83,9 @@ impl Mamba {
     pub fn new(config: &MambaConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         let read = Reader::new(config.parameters(), vb);
-        let project = |name: &str| -> Result<Linear> {
-            let weight = read.get(&format!("{name}.weight"))?;
-            Ok(Linear { weight, bias: read.maybe(&format!("{name}.bias"))? })
-        };
         Ok(Self {
             config: config.clone(),
-            in_proj: project("in_proj")?,
+            in_proj: Linear::read(&read, "in_proj")?,
             conv_weight: read.get("conv1d.weight")?,
             conv_bias: read.maybe("conv1d.bias")?,
             x_proj: read.get("x_proj.weight")?,
@@ -108,7 +93,7 @@ impl Mamba {
             dt_bias: read.get("dt_proj.bias")?,
             decay: Decay::new(read.get("A_log")?)?,
             d: read.get("D")?,
-            out_proj: project("out_proj")?,
+            out_proj: Linear::read(&read, "out_proj")?,
         })
     }
 

@@ -1,6 +1,7 @@
 //! What a Mamba layer carries from one call to the next.
 
 use super::MambaConfig;
+use crate::layers::LayerState;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -22,44 +23,6 @@ impl MambaState {
         let conv = Tensor::zeros((batch, config.d_inner, config.d_conv - 1), dtype, device)?;
         let scan = Tensor::zeros((batch, config.d_inner, config.d_state), dtype, device)?;
         Ok(Self { conv, scan })
-    }
-
-    /// Back to the state before the first token.
-    ///
-    /// # Errors
-    /// A failed allocation.
-    pub fn reset(&mut self) -> Result<()> {
-        *self = self.map(|x| Ok(x.zeros_like()?.detach()))?;
-        Ok(())
-    }
-
-    /// The same values without their history, for truncated back-propagation.
-    pub fn detach(&self) -> Self {
-        Self { conv: self.conv.detach(), scan: self.scan.detach() }
-    }
-
-    /// The states of `rows`, in that order; a row may come more than once.
-    ///
-    /// # Errors
-    /// A row that is not there.
-    pub fn select(&self, rows: &[usize]) -> Result<Self> {
-        let batch = self.batch();
-        if let Some(row) = rows.iter().find(|&&row| row >= batch) {
-            return Err(Error::value("state: row", format!("below the batch of {batch}"), row));
-        }
-        let index: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-        let index = Tensor::from_vec(index, rows.len(), self.scan.device())?;
-        self.map(|x| Ok(x.index_select(&index, 0)?))
-    }
-
-    /// `B`
-    pub fn batch(&self) -> usize {
-        self.scan.dims().first().copied().unwrap_or(0)
-    }
-
-    /// The tensors by name.
-    pub fn tensors(&self) -> [(&'static str, &Tensor); 2] {
-        [("conv", &self.conv), ("scan", &self.scan)]
     }
 
     /// Checks that this belongs to `batch` sequences of a layer of `config`.
@@ -84,8 +47,14 @@ impl MambaState {
         }
         Ok(())
     }
+}
 
-    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        Ok(Self { conv: f(&self.conv)?, scan: f(&self.scan)? })
+impl LayerState for MambaState {
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        vec![("conv", &self.conv), ("scan", &self.scan)]
+    }
+
+    fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        vec![("conv", &mut self.conv), ("scan", &mut self.scan)]
     }
 }

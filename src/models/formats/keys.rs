@@ -1,6 +1,7 @@
 //! The keys of a `config.json`, each of which must be asked for.
 
 use super::super::SpecialTokens;
+use crate::ops::Activation;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::cell::RefCell;
@@ -130,6 +131,23 @@ impl<'a> Keys<'a> {
 
     pub(super) fn required_size(&self, key: &str) -> Result<usize> {
         self.size(key)?.ok_or_else(|| self.wrong(key, "a whole number of at least 1", "nothing"))
+    }
+
+    /// A number of blocks.
+    pub(super) fn layers(&self, key: &str, default: usize) -> Result<usize> {
+        match self.size(key)?.unwrap_or(default) {
+            layers if layers > crate::models::config::MAX_BLOCKS => {
+                Err(self.wrong(key, "fewer layers", &layers.to_string()))
+            }
+            layers => Ok(layers),
+        }
+    }
+
+    /// An activation by its name.
+    pub(super) fn activation(&self, key: &str, default: Activation) -> Result<Activation> {
+        let Some(name) = self.text(key)? else { return Ok(default) };
+        let expected = "silu (or swish), gelu, gelu_tanh or relu";
+        Activation::from_name(&name).ok_or_else(|| self.wrong(key, expected, &name))
     }
 
     pub(super) fn number(&self, key: &str, default: f64) -> Result<f64> {

@@ -21,7 +21,7 @@ pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
     // what an early conversion kept of the original config must not contradict the rest
     keys.only("d_model", &json!(config.hidden_size))?;
     keys.only("n_layer", &json!(config.blocks.len()))?;
-    let MixerConfig::Mamba(mixer) = &config.blocks[0].mixer;
+    let mixer = mamba_mixer(&config.blocks[0].mixer)?;
     keys.only("d_inner", &json!(mixer.d_inner))?;
     keys.only("rms_norm", &json!(true))?;
     keys.ignore(&["ssm_cfg"]);
@@ -36,9 +36,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
 pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f64>) -> Result<ModelConfig> {
     let hidden_size = keys.required_size("hidden_size")?;
     let layers = keys.required_size("num_hidden_layers")?;
-    if layers > crate::models::config::MAX_BLOCKS {
-        return Err(keys.wrong("num_hidden_layers", "fewer layers", &layers.to_string()));
-    }
+    keys.layers("num_hidden_layers", layers)?;
     let act = keys.text("hidden_act")?.unwrap_or_else(|| "silu".into());
     if !matches!(act.as_str(), "silu" | "swish") {
         return Err(keys.wrong("hidden_act", "silu (or its other name, swish)", &act));
@@ -86,19 +84,25 @@ pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f6
         }
     }
     let norm = NormConfig::Rms { eps: keys.number("layer_norm_epsilon", 1e-5)? };
+    let block = BlockConfig::new(norm, MixerConfig::Mamba(mixer), None);
+    let vocab_size = keys.size("vocab_size")?.unwrap_or(50280);
     Ok(ModelConfig {
-        family,
-        vocab_size: keys.size("vocab_size")?.unwrap_or(50280),
-        vocab_multiple: 1,
-        hidden_size,
-        blocks: vec![BlockConfig { norm, mixer: MixerConfig::Mamba(mixer), mlp: None }; layers],
-        final_norm: norm,
+        final_norm: Some(norm),
         tie_embeddings: keys.flag("tie_word_embeddings", true)?,
         residual_in_fp32: keys.flag("residual_in_fp32", true)?,
         initializer_range: keys.number("initializer_range", 0.1)?,
         rescale_residual: keys.flag("rescale_prenorm_residual", false)?,
         tokens: keys.tokens()?,
+        ..ModelConfig::new(family, vocab_size, hidden_size, vec![block; layers])
     })
+}
+
+/// The config of a Mamba, which is all that these families can tell of.
+pub(super) fn mamba_mixer(mixer: &MixerConfig) -> Result<&MambaConfig> {
+    match mixer {
+        MixerConfig::Mamba(config) => Ok(config),
+        _ => Err(Error::value("mixer", "a Mamba, as the family has it", "another")),
+    }
 }
 
 /// A whole number, or "auto" for a sixteenth of the width.
@@ -111,7 +115,7 @@ pub(super) fn time_step_rank(keys: &Keys, key: &str, width: usize) -> Result<usi
 }
 
 pub(super) fn write_shared(config: &ModelConfig, model_type: &str, architecture: &str) -> Result<Object> {
-    let MixerConfig::Mamba(mixer) = common("mixer", config.blocks.iter().map(|block| &block.mixer))?;
+    let mixer = mamba_mixer(common("mixer", config.blocks.iter().map(|block| &block.mixer))?)?;
     let NormConfig::Rms { eps } = common("norm", config.blocks.iter().map(|block| block.norm))? else {
         return Err(Error::value("norm", "an RMS norm, as transformers has it", "a layer norm"));
     };
@@ -144,18 +148,9 @@ pub(super) fn write_shared(config: &ModelConfig, model_type: &str, architecture:
     put("initializer_range", config.initializer_range.into());
     // a fresh model's business: transformers would scale the weights it loads once more
     put("rescale_prenorm_residual", false.into());
-    put("bos_token_id", json!(config.tokens.bos));
-    put(
-        "eos_token_id",
-        match config.tokens.eos.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            several => json!(several),
-        },
-    );
-    put("pad_token_id", json!(config.tokens.pad));
     if let Some(eps) = mixer.inner_norm_eps {
         put("mixer_rms_eps", eps.into());
     }
+    keys.extend(super::token_keys(&config.tokens));
     Ok(keys)
 }

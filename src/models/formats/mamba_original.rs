@@ -1,10 +1,10 @@
 //! The original layout of the package mamba-ssm: `MambaConfig` and `MixerModel`.
 
-use super::mamba_hf::time_step_rank;
+use super::mamba_hf::{mamba_mixer, time_step_rank};
 use super::{Family, Keys, Object, common};
 use crate::layers::mamba::{TimeStepInit, TimeStepScheme};
-use crate::layers::{MambaConfig, NormConfig};
-use crate::models::{BlockConfig, MixerConfig, MlpConfig, ModelConfig, SpecialTokens};
+use crate::layers::{MambaConfig, MlpConfig, NormConfig};
+use crate::models::{BlockConfig, FeedForwardConfig, MixerConfig, ModelConfig};
 use crate::{Error, Result};
 use serde_json::{Value, json};
 
@@ -24,9 +24,7 @@ pub(super) fn own_name(upstream: &str) -> String {
 pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
     let hidden_size = keys.required_size("d_model")?;
     let layers = keys.required_size("n_layer")?;
-    if layers > crate::models::config::MAX_BLOCKS {
-        return Err(keys.wrong("n_layer", "fewer layers", &layers.to_string()));
-    }
+    keys.layers("n_layer", layers)?;
     let mixer = mixer(&keys.object("ssm_cfg")?, hidden_size)?;
     if let Some(Value::Array(layers)) = keys.value("attn_layer_idx").filter(|v| **v != json!([])) {
         let got = format!("{} attention layers", layers.len());
@@ -42,21 +40,17 @@ pub(super) fn read(keys: &Keys) -> Result<ModelConfig> {
         Some(0) => None,
         _ => keys.size("d_intermediate")?.map(|width| {
             let width = width.checked_next_multiple_of(MLP_MULTIPLE).unwrap_or(usize::MAX);
-            MlpConfig { norm, d_intermediate: width }
+            FeedForwardConfig { norm, layer: MlpConfig::joint(hidden_size, width) }
         }),
     };
+    let block = BlockConfig::new(norm, MixerConfig::Mamba(mixer), mlp);
+    let vocab_size = keys.required_size("vocab_size")?;
     Ok(ModelConfig {
-        family: Family::MambaOriginal,
-        vocab_size: keys.required_size("vocab_size")?,
         vocab_multiple: keys.size("pad_vocab_size_multiple")?.unwrap_or(8),
-        hidden_size,
-        blocks: vec![BlockConfig { norm, mixer: MixerConfig::Mamba(mixer), mlp }; layers],
-        final_norm: norm,
+        final_norm: Some(norm),
         tie_embeddings: keys.flag("tie_embeddings", true)?,
         residual_in_fp32: keys.flag("residual_in_fp32", true)?,
-        initializer_range: 0.02,
-        rescale_residual: true,
-        tokens: SpecialTokens::default(),
+        ..ModelConfig::new(Family::MambaOriginal, vocab_size, hidden_size, vec![block; layers])
     })
 }
 
@@ -95,7 +89,7 @@ fn mixer(keys: &Keys, hidden_size: usize) -> Result<MambaConfig> {
 }
 
 pub(super) fn write(config: &ModelConfig) -> Result<Object> {
-    let MixerConfig::Mamba(mixer) = common("mixer", config.blocks.iter().map(|block| &block.mixer))?;
+    let mixer = mamba_mixer(common("mixer", config.blocks.iter().map(|block| &block.mixer))?)?;
     let norm = common("norm", config.blocks.iter().map(|block| block.norm))?;
     let mlp = common("mlp", config.blocks.iter().map(|block| block.mlp))?;
     let (NormConfig::Rms { eps } | NormConfig::Layer { eps }) = norm;
@@ -110,7 +104,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
     };
     let value = json!({
         "d_model": config.hidden_size,
-        "d_intermediate": mlp.map_or(0, |mlp| mlp.d_intermediate),
+        "d_intermediate": mlp.map_or(0, |mlp| mlp.layer.d_intermediate),
         "n_layer": config.blocks.len(),
         "vocab_size": config.vocab_size,
         "ssm_cfg": {

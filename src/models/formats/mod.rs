@@ -6,6 +6,9 @@
 //! | [`Family::Mamba`] | `"model_type": "mamba"` | transformers (`state-spaces/mamba-*-hf`) |
 //! | [`Family::FalconMamba`] | `"model_type": "falcon_mamba"` | transformers (`tiiuae/falcon-mamba-*`) |
 //! | [`Family::MambaOriginal`] | `d_model` and `n_layer`, no `model_type` | mamba-ssm (`state-spaces/mamba-*`) |
+//! | [`Family::RetNet`] | `"model_type": "retnet"` | fla (`fla-hub/retnet-*`) |
+//! | [`Family::RetNetTorchscale`] | `decoder_embed_dim`, no `model_type` | torchscale's `RetNetDecoder` |
+//! | [`Family::RetNetPort`] | `decoder_embed_dim` and `"model_type": "retnet"` | torchscale's, ported to transformers by syncdoth |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -20,12 +23,15 @@ mod falcon_mamba;
 mod keys;
 mod mamba_hf;
 mod mamba_original;
+mod names;
+mod retnet_fla;
+mod retnet_torchscale;
 
-use super::ModelConfig;
+use super::{MixerConfig, ModelConfig, SpecialTokens};
 use crate::{Error, Result};
 use candle_core::DType;
 use keys::Keys;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// A checkpoint family.
@@ -38,6 +44,18 @@ pub enum Family {
     MambaOriginal,
     /// transformers' `falcon_mamba`.
     FalconMamba,
+    /// fla's `retnet`.
+    RetNet {
+        /// Whether the norm of the heads is named for being fused with the gate.
+        fused_norm: bool,
+    },
+    /// torchscale's `RetNetDecoder`.
+    RetNetTorchscale,
+    /// The port of torchscale's RetNet to transformers, `syncdoth/RetNet`.
+    RetNetPort {
+        /// Whether the MLPs are gated.
+        glu: bool,
+    },
 }
 
 impl Family {
@@ -47,6 +65,9 @@ impl Family {
             Self::Mamba => "mamba",
             Self::MambaOriginal => "mamba (original)",
             Self::FalconMamba => "falcon_mamba",
+            Self::RetNet { .. } => "retnet",
+            Self::RetNetTorchscale => "retnet (torchscale)",
+            Self::RetNetPort { .. } => "retnet (torchscale, transformers)",
         }
     }
 
@@ -55,6 +76,8 @@ impl Family {
         match self {
             Self::Mamba | Self::FalconMamba => own.to_string(),
             Self::MambaOriginal => mamba_original::upstream_name(own),
+            Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).upstream(own),
+            Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).upstream(own),
         }
     }
 
@@ -64,7 +87,22 @@ impl Family {
             // files converted early call the embedding as the original does; transformers reads them too
             Self::Mamba | Self::MambaOriginal => mamba_original::own_name(upstream),
             Self::FalconMamba => upstream.to_string(),
+            Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).own(upstream),
+            Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).own(upstream),
         }
+    }
+
+    /// Tensors that this family's files hold though they follow from the config: upstream name and values.
+    pub(crate) fn buffers(self, config: &ModelConfig) -> Vec<(String, Vec<f64>)> {
+        match self {
+            Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::buffers(config),
+            _ => vec![],
+        }
+    }
+
+    /// Whether the config names the dtype of the weights.
+    fn names_dtype(self) -> bool {
+        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale)
     }
 }
 
@@ -74,10 +112,14 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
     let config = match keys.text("model_type")?.as_deref() {
         Some("mamba") => mamba_hf::read(&keys)?,
         Some("falcon_mamba") => falcon_mamba::read(&keys)?,
-        Some(other) => return Err(keys.wrong("model_type", "mamba or falcon_mamba", other)),
+        Some("retnet") if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, true)?,
+        Some("retnet") => retnet_fla::read(&keys)?,
+        Some(other) => return Err(keys.wrong("model_type", "mamba, falcon_mamba or retnet", other)),
+        None if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, false)?,
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
         None => {
-            let expected = "mamba or falcon_mamba (or the keys d_model and n_layer of the original layout)";
+            let expected = "mamba, falcon_mamba or retnet (or the keys d_model and n_layer of mamba-ssm, or \
+                            decoder_embed_dim of torchscale)";
             return Err(keys.wrong("model_type", expected, "nothing"));
         }
     };
@@ -86,14 +128,29 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
     Ok(config)
 }
 
+/// What the names of a checkpoint's tensors decide where its config and its family's code disagree: fla's model never
+/// passes `use_short_conv` on to its layers, so that checkpoints which ask for short convolutions have none.
+pub(crate) fn settle<'a>(mut config: ModelConfig, mut names: impl Iterator<Item = &'a str>) -> ModelConfig {
+    if matches!(config.family, Family::RetNet { .. }) && !names.any(|name| name.contains("conv1d.")) {
+        for block in &mut config.blocks {
+            if let MixerConfig::Retention(mixer) = &mut block.mixer {
+                mixer.short_conv = None;
+            }
+        }
+    }
+    config
+}
+
 /// The `config.json` of a model whose weights are `dtype`.
 pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<Value> {
     let mut keys = match config.family {
         Family::Mamba => mamba_hf::write(config),
         Family::MambaOriginal => mamba_original::write(config),
         Family::FalconMamba => falcon_mamba::write(config),
+        Family::RetNet { fused_norm } => retnet_fla::write(config, fused_norm),
+        Family::RetNetTorchscale | Family::RetNetPort { .. } => retnet_torchscale::write(config),
     }?;
-    if config.family != Family::MambaOriginal {
+    if config.family.names_dtype() {
         let name = match dtype {
             DType::F64 => "float64",
             DType::BF16 => "bfloat16",
@@ -115,6 +172,18 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
 }
 
 type Object = Map<String, Value>;
+
+/// The keys of token ids with a meaning of their own.
+fn token_keys(tokens: &SpecialTokens) -> Object {
+    let eos = match tokens.eos.as_slice() {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    };
+    let keys =
+        [("bos_token_id", json!(tokens.bos)), ("eos_token_id", eos), ("pad_token_id", json!(tokens.pad))];
+    keys.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+}
 
 /// The one value that all blocks share, as the families here have it.
 fn common<T: PartialEq>(name: &str, mut values: impl Iterator<Item = T>) -> Result<T> {

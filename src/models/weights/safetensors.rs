@@ -66,10 +66,6 @@ impl SafeTensorsFile {
         self.metadata.get(key).map(String::as_str)
     }
 
-    pub(crate) fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
-    }
-
     /// The tensors by name.
     pub(crate) fn entries(&self) -> &BTreeMap<String, Entry> {
         &self.entries

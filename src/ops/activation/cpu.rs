@@ -2,8 +2,9 @@
 //!
 //! At some 15 operations for an exponential, 16 lanes compute faster than two threads read: memory is the floor.
 
+use super::Activation;
 use crate::autograd::record;
-use crate::backend::cpu::math::{sigmoid, silu, silu_grad, softplus};
+use crate::backend::cpu::math::{gelu, gelu_tanh, sigmoid, silu, silu_grad, softplus};
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
 use crate::backend::cpu::view::{Held, Outlet, Rows, lanes, load, storage, store, tensor, with_unit_stride};
@@ -17,9 +18,9 @@ use std::ops::Range;
 pub(super) enum Function {
     Sigmoid,
     Softplus,
-    Silu,
-    /// `x silu(z)`: the only one with a second argument.
-    SiluGate,
+    Activation(Activation),
+    /// `x act(z)`: the only one with a second argument.
+    Gate(Activation),
 }
 
 impl Function {
@@ -27,8 +28,8 @@ impl Function {
         match self {
             Self::Sigmoid => "sigmoid",
             Self::Softplus => "softplus",
-            Self::Silu => "silu",
-            Self::SiluGate => "silu_gate",
+            Self::Activation(activation) => activation.name(),
+            Self::Gate(_) => "gate",
         }
     }
 
@@ -37,8 +38,8 @@ impl Function {
         match self {
             Self::Sigmoid => sigmoid(s, x),
             Self::Softplus => softplus(s, x),
-            Self::Silu => silu(s, x),
-            Self::SiluGate => s.mul(x, silu(s, z)),
+            Self::Activation(activation) => activation.value(s, x),
+            Self::Gate(activation) => s.mul(x, activation.value(s, z)),
         }
     }
 
@@ -52,10 +53,40 @@ impl Function {
                 [s.mul(y, s.sub(one, y)), one]
             }
             Self::Softplus => [sigmoid(s, x), one],
-            Self::Silu => [silu_grad(s, x, sigmoid(s, x)), one],
-            Self::SiluGate => {
-                let gate = sigmoid(s, z);
-                [s.mul(z, gate), s.mul(x, silu_grad(s, z, gate))]
+            Self::Activation(activation) => [activation.value_and_slope(s, x)[1], one],
+            Self::Gate(activation) => {
+                let [value, slope] = activation.value_and_slope(s, z);
+                [value, s.mul(x, slope)]
+            }
+        }
+    }
+}
+
+impl Activation {
+    #[inline(always)]
+    fn value<T: Real, S: Simd<T>>(self, s: S, x: S::V) -> S::V {
+        match self {
+            Self::Silu => silu(s, x),
+            Self::Gelu => gelu(s, x)[0],
+            Self::GeluTanh => gelu_tanh(s, x)[0],
+            Self::Relu => s.max(s.splat(T::ZERO), x),
+        }
+    }
+
+    #[inline(always)]
+    fn value_and_slope<T: Real, S: Simd<T>>(self, s: S, x: S::V) -> [S::V; 2] {
+        match self {
+            Self::Silu => {
+                let gate = sigmoid(s, x);
+                [s.mul(x, gate), silu_grad(s, x, gate)]
+            }
+            Self::Gelu => gelu(s, x),
+            Self::GeluTanh => gelu_tanh(s, x),
+            // one for every positive number, else zero
+            Self::Relu => {
+                let y = s.max(s.splat(T::ZERO), x);
+                let scaled = s.mul(s.mul(y, s.splat(T::from_f64(1e30))), s.splat(T::from_f64(1e30)));
+                [y, s.min(s.splat(T::ONE), scaled)]
             }
         }
     }
@@ -185,8 +216,16 @@ impl<T: Real, E: Element<Real = T>> Kernel<T> for Apply<'_, E> {
         match self.function {
             Function::Sigmoid => self.each(s, Function::Sigmoid),
             Function::Softplus => self.each(s, Function::Softplus),
-            Function::Silu => self.each(s, Function::Silu),
-            Function::SiluGate => self.each(s, Function::SiluGate),
+            Function::Activation(Activation::Silu) => self.each(s, Function::Activation(Activation::Silu)),
+            Function::Activation(Activation::Gelu) => self.each(s, Function::Activation(Activation::Gelu)),
+            Function::Activation(Activation::GeluTanh) => {
+                self.each(s, Function::Activation(Activation::GeluTanh))
+            }
+            Function::Activation(Activation::Relu) => self.each(s, Function::Activation(Activation::Relu)),
+            Function::Gate(Activation::Silu) => self.each(s, Function::Gate(Activation::Silu)),
+            Function::Gate(Activation::Gelu) => self.each(s, Function::Gate(Activation::Gelu)),
+            Function::Gate(Activation::GeluTanh) => self.each(s, Function::Gate(Activation::GeluTanh)),
+            Function::Gate(Activation::Relu) => self.each(s, Function::Gate(Activation::Relu)),
         }
     }
 }

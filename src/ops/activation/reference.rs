@@ -1,6 +1,6 @@
 //! The formulas in tensor operations.
 
-use super::accumulation_dtype;
+use super::{Activation, accumulation_dtype};
 use crate::Result;
 use candle_core::Tensor;
 
@@ -23,14 +23,25 @@ pub fn sigmoid_reference(x: &Tensor) -> Result<Tensor> {
     Ok((s.neg()?.exp()? + 1.0)?.recip()?.to_dtype(x.dtype())?)
 }
 
-/// [`silu`](super::silu) in tensor operations: any device, differentiable by candle.
-pub fn silu_reference(x: &Tensor) -> Result<Tensor> {
+/// [`activate`](super::activate) in tensor operations: any device, differentiable by candle.
+pub fn activate_reference(x: &Tensor, activation: Activation) -> Result<Tensor> {
     let s = x.to_dtype(accumulation_dtype(x.dtype()))?;
-    Ok(s.silu()?.to_dtype(x.dtype())?)
+    let y = match activation {
+        Activation::Silu => s.silu()?,
+        // candle rounds a constant of its derivative; the one of erf is exact
+        Activation::Gelu => ((&s * ((&s * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)?)? * 0.5)?,
+        Activation::GeluTanh => {
+            let cube = (s.sqr()? * &s)?;
+            let u = ((&s + (cube * 0.044_715)?)? * 0.797_884_560_802_865_4)?;
+            ((&s * (u.tanh()? + 1.0)?)? * 0.5)?
+        }
+        Activation::Relu => s.relu()?,
+    };
+    Ok(y.to_dtype(x.dtype())?)
 }
 
-/// [`silu_gate`](super::silu_gate) in tensor operations: any device, differentiable by candle.
-pub fn silu_gate_reference(x: &Tensor, z: &Tensor) -> Result<Tensor> {
+/// [`gate`](super::gate) in tensor operations: any device, differentiable by candle.
+pub fn gate_reference(x: &Tensor, z: &Tensor, activation: Activation) -> Result<Tensor> {
     let wide = accumulation_dtype(x.dtype());
-    Ok((x.to_dtype(wide)? * z.to_dtype(wide)?.silu()?)?.to_dtype(x.dtype())?)
+    Ok((x.to_dtype(wide)? * activate_reference(&z.to_dtype(wide)?, activation)?)?.to_dtype(x.dtype())?)
 }

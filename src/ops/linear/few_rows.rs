@@ -6,7 +6,7 @@
 //! does not depend on its neighbours.
 
 use super::Sizes;
-use super::matrix::Matrix;
+use crate::backend::cpu::matrix::Matrix;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
 use crate::backend::cpu::view::Outlet;
 use rayon::prelude::*;

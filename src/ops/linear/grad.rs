@@ -1,8 +1,8 @@
 //! The operator in candle's graph: with `g = dy`, `dx = g weight`, `dweight = g^T x`, `dbias` the sum of `g` over rows.
 
-use super::matrix::{Held, Matrix, as_matrix};
 use super::{Path, Sizes, few_rows, many_rows, output_shape, path};
 use crate::autograd::{Gradients, record};
+use crate::backend::cpu::matrix::{Held, Matrix, as_matrix};
 use crate::backend::cpu::simd::{Element, Real};
 use crate::backend::cpu::view::{storage, tensor};
 use crate::{Error, Result};

@@ -4,10 +4,9 @@
 //! lie. Of bf16 and f16 it gets f32 copies, [`DEPTH`] deep, and the f32 tile is rounded once in the end. (gemm's own
 //! half-precision product loses accuracy, candle's widens the whole weight.)
 
-use super::matrix::Matrix;
+use crate::backend::cpu::matrix::{Matrix, multiply};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
 use crate::backend::cpu::view::Outlet;
-use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 use std::any::TypeId;
 
@@ -83,7 +82,7 @@ impl<T: Real> Scratch<T> {
                 }
             }
             // SAFETY: m rows of n places, filled where they are read; E is T.
-            unsafe { multiply(a, b, y(0).cast::<T>(), stride, bias.is_some()) };
+            unsafe { multiply(a, b, y(0).cast::<T>(), stride, bias.is_some().then_some(T::ONE)) };
             return;
         }
         let Self { a: wide_a, b: wide_b, y: sums } = self;
@@ -99,47 +98,12 @@ impl<T: Real> Scratch<T> {
             let a = widened(a.part([0, start], [m, depth]), wide_a);
             let b = widened(b.part([start, 0], [depth, n]), wide_b);
             // SAFETY: `sums` holds m rows of n.
-            unsafe { multiply(a, b, sums.as_mut_ptr(), n, true) };
+            unsafe { multiply(a, b, sums.as_mut_ptr(), n, Some(T::ONE)) };
         }
         for (r, sums) in sums.chunks(n).enumerate() {
             // SAFETY: n places from `y`.
             dispatch(Narrow(sums, y(r)));
         }
-    }
-}
-
-/// `y = a b`, or `y += a b`.
-///
-/// # Safety
-/// `y` has a place for every element, rows `stride` apart, filled if it is to be added to.
-unsafe fn multiply<T: Real>(a: Matrix<T>, b: Matrix<T>, y: *mut T, stride: usize, add: bool) {
-    let ([m, k], [_, n]) = (a.dims, b.dims);
-    let [[a_row, a_column], [b_row, b_column], [y_row, _]] =
-        [a.strides, b.strides, [stride, 1]].map(|strides| strides.map(|stride| stride as isize));
-    let (alpha, one, none) = (if add { T::ONE } else { T::ZERO }, T::ONE, Parallelism::None);
-    // SAFETY: the matrices hold what their dims say, y by the caller's promise.
-    unsafe {
-        gemm(
-            m,
-            n,
-            k,
-            y,
-            1,
-            y_row,
-            add,
-            a.as_ptr(),
-            a_column,
-            a_row,
-            b.as_ptr(),
-            b_column,
-            b_row,
-            alpha,
-            one,
-            false,
-            false,
-            false,
-            none,
-        )
     }
 }
 

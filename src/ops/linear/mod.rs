@@ -16,7 +16,6 @@
 mod few_rows;
 mod grad;
 mod many_rows;
-mod matrix;
 mod reference;
 
 pub use reference::linear_reference;

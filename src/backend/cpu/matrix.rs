@@ -1,13 +1,14 @@
-//! Matrices in CPU tensors, read where they lie.
+//! Matrices in CPU tensors, read where they lie, and their product on one thread by the crate gemm.
 
+use super::simd::{Element, Real};
 use crate::Result;
-use crate::backend::cpu::simd::Element;
 use candle_core::{Storage, StorageRef, Tensor};
+use gemm::{Parallelism, gemm};
 use std::marker::PhantomData;
 
 /// The matrix of `tensor`'s rows (all dimensions but the last taken together): itself where the rows lie at one
 /// distance, else a contiguous copy. To be held afterwards.
-pub(super) fn as_matrix(tensor: &Tensor) -> Result<Tensor> {
+pub(crate) fn as_matrix(tensor: &Tensor) -> Result<Tensor> {
     Ok(if row_stride(tensor).is_some() { tensor.clone() } else { tensor.contiguous()? })
 }
 
@@ -30,19 +31,19 @@ fn row_stride(tensor: &Tensor) -> Option<usize> {
 }
 
 /// A tensor held for reading, its storage locked.
-pub(super) struct Held<'a> {
+pub(crate) struct Held<'a> {
     storage: StorageRef<'a>,
     tensor: &'a Tensor,
 }
 
 impl<'a> Held<'a> {
     /// Locks the storage of a CPU tensor.
-    pub(super) fn new(tensor: &'a Tensor) -> Self {
+    pub(crate) fn new(tensor: &'a Tensor) -> Self {
         Self { storage: tensor.storage_and_layout().0, tensor }
     }
 
     /// The rows of a tensor that went through [`as_matrix`].
-    pub(super) fn matrix<E: Element>(&self) -> Result<Matrix<'_, E>> {
+    pub(crate) fn matrix<E: Element>(&self) -> Result<Matrix<'_, E>> {
         let tensor = self.tensor;
         let columns = tensor.dims().last().copied().unwrap_or(1);
         let column_stride = tensor.stride().last().copied().unwrap_or(1);
@@ -64,10 +65,10 @@ impl<'a> Held<'a> {
 }
 
 /// A matrix: `[i, j]` lies `strides[0] i + strides[1] j` from the start.
-pub(super) struct Matrix<'a, E> {
+pub(crate) struct Matrix<'a, E> {
     start: *const E,
-    pub(super) dims: [usize; 2],
-    pub(super) strides: [usize; 2],
+    pub(crate) dims: [usize; 2],
+    pub(crate) strides: [usize; 2],
     owner: PhantomData<&'a [E]>,
 }
 
@@ -86,7 +87,7 @@ unsafe impl<E: Sync> Sync for Matrix<'_, E> {}
 
 impl<'a, E> Matrix<'a, E> {
     /// Of `data`, which must hold all of it.
-    pub(super) fn new(data: &'a [E], dims: [usize; 2], strides: [usize; 2]) -> Self {
+    pub(crate) fn new(data: &'a [E], dims: [usize; 2], strides: [usize; 2]) -> Self {
         if dims[0] > 0 && dims[1] > 0 {
             let last = (dims[0] - 1) * strides[0] + (dims[1] - 1) * strides[1];
             assert!(last < data.len(), "a matrix beyond its data");
@@ -95,13 +96,13 @@ impl<'a, E> Matrix<'a, E> {
     }
 
     /// Columns for rows.
-    pub(super) fn transposed(self) -> Self {
+    pub(crate) fn transposed(self) -> Self {
         let ([r, c], [rs, cs]) = (self.dims, self.strides);
         Self { dims: [c, r], strides: [cs, rs], ..self }
     }
 
     /// The part from `start` of `dims`; panics outside the matrix.
-    pub(super) fn part(self, start: [usize; 2], dims: [usize; 2]) -> Self {
+    pub(crate) fn part(self, start: [usize; 2], dims: [usize; 2]) -> Self {
         for i in 0..2 {
             assert!(start[i] + dims[i] <= self.dims[i], "a part beyond its matrix");
         }
@@ -115,20 +116,20 @@ impl<'a, E> Matrix<'a, E> {
     }
 
     /// The first element, if there is any.
-    pub(super) fn as_ptr(&self) -> *const E {
+    pub(crate) fn as_ptr(&self) -> *const E {
         self.start
     }
 
     /// One element; panics outside the matrix.
     #[inline(always)]
-    pub(super) fn at(&self, i: usize, j: usize) -> &'a E {
+    pub(crate) fn at(&self, i: usize, j: usize) -> &'a E {
         assert!(i < self.dims[0] && j < self.dims[1]);
         // SAFETY: an element of the data that `new` was given.
         unsafe { &*self.start.add(i * self.strides[0] + j * self.strides[1]) }
     }
 
     /// A row whose elements are neighbours; panics where they are not, or outside the matrix.
-    pub(super) fn row(&self, i: usize) -> &'a [E] {
+    pub(crate) fn row(&self, i: usize) -> &'a [E] {
         assert!(i < self.dims[0] && (self.strides[1] == 1 || self.dims[1] <= 1));
         // SAFETY: the row lies in the data that `new` was given.
         unsafe { std::slice::from_raw_parts(self.start.add(i * self.strides[0]), self.dims[1]) }
@@ -140,7 +141,48 @@ impl<'a, E> Matrix<'a, E> {
     ///
     /// # Safety
     /// The two types are one.
-    pub(super) unsafe fn cast<F>(self) -> Matrix<'a, F> {
+    pub(crate) unsafe fn cast<F>(self) -> Matrix<'a, F> {
         Matrix { start: self.start.cast(), dims: self.dims, strides: self.strides, owner: PhantomData }
+    }
+}
+
+/// `y = a b`, or with `keep` `y = keep y + a b`.
+///
+/// # Safety
+/// `y` has a place for every element, rows `stride` apart, filled if it is to be kept.
+pub(crate) unsafe fn multiply<T: Real>(
+    a: Matrix<T>,
+    b: Matrix<T>,
+    y: *mut T,
+    stride: usize,
+    keep: Option<T>,
+) {
+    let ([m, k], [_, n]) = (a.dims, b.dims);
+    let [[a_row, a_column], [b_row, b_column], [y_row, _]] =
+        [a.strides, b.strides, [stride, 1]].map(|strides| strides.map(|stride| stride as isize));
+    let (alpha, one, none) = (keep.unwrap_or(T::ZERO), T::ONE, Parallelism::None);
+    // SAFETY: the matrices hold what their dims say, y by the caller's promise.
+    unsafe {
+        gemm(
+            m,
+            n,
+            k,
+            y,
+            1,
+            y_row,
+            keep.is_some(),
+            a.as_ptr(),
+            a_column,
+            a_row,
+            b.as_ptr(),
+            b_column,
+            b_row,
+            alpha,
+            one,
+            false,
+            false,
+            false,
+            none,
+        )
     }
 }

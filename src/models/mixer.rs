@@ -1,0 +1,193 @@
+//! The mixers that a block may have: a line for each in every place that must tell them apart.
+
+use super::Form;
+use crate::layers::{
+    LayerState, Mamba, MambaConfig, MambaState, MultiScaleRetention, Parameter, RetentionConfig,
+    RetentionState,
+};
+use crate::ops::Segments;
+use crate::{Error, Result};
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use rand::Rng;
+
+/// What mixes along the sequence.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum MixerConfig {
+    /// [`layers::Mamba`](crate::layers::Mamba)
+    Mamba(MambaConfig),
+    /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
+    Retention(RetentionConfig),
+}
+
+impl MixerConfig {
+    /// Its parameters by this crate's names.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        match self {
+            Self::Mamba(config) => config.parameters(),
+            Self::Retention(config) => config.parameters(),
+        }
+    }
+
+    pub(crate) fn width(&self) -> usize {
+        match self {
+            Self::Mamba(config) => config.d_model,
+            Self::Retention(config) => config.d_model,
+        }
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        match self {
+            Self::Mamba(config) => config.validate(),
+            Self::Retention(config) => config.validate(),
+        }
+    }
+
+    /// What a state must agree on with its mixer.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::Mamba(c) => {
+                format!("mamba d_inner {} d_state {} d_conv {}", c.d_inner, c.d_state, c.d_conv)
+            }
+            Self::Retention(c) => {
+                format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
+            }
+        }
+    }
+
+    /// The published initialisation by parameter name, f32 on the CPU.
+    pub(crate) fn init(&self, rng: &mut impl Rng, residual_scale: f64) -> Result<Vec<(String, Tensor)>> {
+        match self {
+            Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
+            Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
+        }
+    }
+}
+
+/// A mixer with its parameters.
+#[derive(Clone, Debug)]
+pub(crate) enum Mixer {
+    Mamba(Mamba),
+    Retention(MultiScaleRetention),
+}
+
+impl Mixer {
+    pub(crate) fn new(config: &MixerConfig, vb: VarBuilder) -> Result<Self> {
+        Ok(match config {
+            MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
+            MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
+        })
+    }
+
+    /// `[B, L, D]` to `[B, L, D]`; `state` moves behind the last token.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        segments: Option<&Segments>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Tensor> {
+        match (self, state) {
+            (Self::Mamba(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Mamba(mixer), Some(MixerState::Mamba(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (Self::Retention(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Retention(mixer), Some(MixerState::Retention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (mixer, Some(state)) => {
+                let expected = format!("one of {}", mixer.name());
+                Err(Error::value("state", expected, format!("one of {}", state.mixer())))
+            }
+        }
+    }
+
+    /// The state before the first token of `batch` sequences.
+    pub(crate) fn init_state(&self, batch: usize) -> Result<MixerState> {
+        Ok(match self {
+            Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
+            Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
+        })
+    }
+
+    /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
+    pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
+        match self {
+            Self::Mamba(_) => Ok(false),
+            Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
+        }
+    }
+
+    /// The mixer's name in files.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Mamba(_) => "mamba",
+            Self::Retention(_) => "retention",
+        }
+    }
+}
+
+/// The state of one block's mixer.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum MixerState {
+    /// See [`MambaState`].
+    Mamba(MambaState),
+    /// See [`RetentionState`].
+    Retention(RetentionState),
+}
+
+impl MixerState {
+    /// The mixer's name in files.
+    pub(crate) fn mixer(&self) -> &'static str {
+        match self {
+            Self::Mamba(_) => "mamba",
+            Self::Retention(_) => "retention",
+        }
+    }
+
+    /// The state of the mixer that goes by that name, from its tensors and the tokens each row has had; none if there
+    /// is no such mixer.
+    pub(crate) fn from_tensors(
+        mixer: &str,
+        get: impl Fn(&str) -> Result<Tensor>,
+        positions: &[usize],
+    ) -> Result<Option<Self>> {
+        Ok(match mixer {
+            "mamba" => Some(Self::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? })),
+            "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
+            _ => None,
+        })
+    }
+}
+
+impl LayerState for MixerState {
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Self::Mamba(state) => state.tensors(),
+            Self::Retention(state) => state.tensors(),
+        }
+    }
+
+    fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        match self {
+            Self::Mamba(state) => state.tensors_mut(),
+            Self::Retention(state) => state.tensors_mut(),
+        }
+    }
+
+    fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
+        match self {
+            Self::Mamba(state) => state.positions_mut(),
+            Self::Retention(state) => state.positions_mut(),
+        }
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        match self {
+            Self::Mamba(state) => state.reset(),
+            Self::Retention(state) => state.reset(),
+        }
+    }
+}
