@@ -2,5 +2,6 @@
 
 pub mod causal_conv1d;
 pub mod linear;
+pub mod long_conv;
 pub mod norm;
 pub mod selective_scan;

@@ -145,7 +145,10 @@ impl LanguageModel {
     ) -> Result<Stream> {
         for (i, block) in self.blocks.iter().enumerate() {
             let state = states.as_deref_mut().and_then(|states| states.get_mut(i));
-            stream = if self.recompute && !self.variables().is_empty() {
+            stream = if self.recompute
+                && !self.variables().is_empty()
+                && state.as_deref().is_none_or(MixerState::is_tensors)
+            {
                 self.recomputed(block, &self.block_variables[i], stream, segments, state)?
             } else {
                 block.forward(stream, self.dtype, segments, state)?
@@ -233,7 +236,7 @@ fn last_tokens(segments: Option<&Segments>, batch: usize, length: usize) -> Resu
 }
 
 fn is_tracked(state: &MixerState) -> bool {
-    state.tensors().iter().any(|(_, tensor)| tensor.track_op())
+    LayerState::is_tracked(state)
 }
 
 impl ModelState {

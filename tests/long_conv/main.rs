@@ -4,6 +4,7 @@
 mod common;
 
 mod case;
+mod stream;
 
 use candle_core::{DType, Device, Tensor, Var};
 use case::*;
@@ -285,5 +286,27 @@ fn nothing_comes_of_nothing() {
     for (batch, length) in [(0, 5), (2, 0), (0, 0)] {
         let case = Case { taps: 4, ..Case::full(batch, length, 3) };
         assert_eq!(case.run(&case.tensors(13), None).unwrap()[0].dims(), [batch, length, 3]);
+    }
+}
+
+#[test]
+fn filters_may_come_taps_first() {
+    let both = Case { reverse: 7, taps: 50, ..Case::full(2, 100, 6) };
+    let t = both.tensors(10);
+    let whole = both.all(&t, None);
+    let mut turned: Vec<Tensor> = both.used().iter().map(|&i| t[i].clone()).collect();
+    (turned[1], turned[2]) =
+        (turned[1].t().unwrap().contiguous().unwrap(), turned[2].t().unwrap().contiguous().unwrap());
+    let run = |x: &[Tensor], reference: bool| {
+        let t = both.place(&t, x);
+        let args = LongConv { taps_first: true, ..both.args(&t, None) };
+        Ok(vec![if reference { long_conv_reference(&args)? } else { long_conv(&args)? }])
+    };
+    for reference in [false, true] {
+        let (y, mut found) = gradients(&turned, |x| run(x, reference));
+        (found[1], found[2]) = (found[1].t().unwrap(), found[2].t().unwrap());
+        for (got, want) in y.iter().chain(&found).zip(&whole) {
+            assert_close("taps first", got, want, 1e-11);
+        }
     }
 }

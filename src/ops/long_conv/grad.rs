@@ -6,12 +6,13 @@ use super::cpu::{Prepared, Problem};
 use super::plan::{self, Method};
 use super::{FilterCache, LongConv, Sizes};
 use crate::autograd::{Gradients, record};
-use crate::backend::cpu::simd::{Element, Isa};
+use crate::backend::cpu::simd::{Element, Isa, Real};
 use crate::backend::cpu::view::{Held, storage, tensor, with_unit_stride};
 use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::{D, DType, Storage, Tensor};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// The convolution of checked and unified arguments on the CPU.
 pub(super) fn on_cpu(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> {
@@ -77,6 +78,7 @@ fn typed<E: Element>(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> 
         x: args.x.detach(),
         filter: args.filter.detach(),
         reverse: args.reverse.map(Tensor::detach),
+        taps_first: args.taps_first,
         d: args.d.map(Tensor::detach),
         pre_gate: args.pre_gate.map(Tensor::detach),
         post_gate: args.post_gate.map(Tensor::detach),
@@ -103,6 +105,7 @@ struct Saved<E: Element> {
     x: Tensor,
     filter: Tensor,
     reverse: Option<Tensor>,
+    taps_first: bool,
     d: Option<Tensor>,
     pre_gate: Option<Tensor>,
     post_gate: Option<Tensor>,
@@ -121,6 +124,7 @@ impl<E: Element> Saved<E> {
             x: &self.x,
             filter: &self.filter,
             reverse: self.reverse.as_ref(),
+            taps_first: self.taps_first,
             d: self.d.as_ref(),
             pre_gate: self.pre_gate.as_ref(),
             post_gate: self.post_gate.as_ref(),
@@ -150,25 +154,49 @@ impl<E: Element> Saved<E> {
     fn collect(&self, found: Found<E>) -> Result<Gradients> {
         let Sizes { batch, length, channels, groups, .. } = self.sizes;
         let sequence = |values: Vec<E>| tensor(values, (batch, length, channels));
-        // [K met, D] to [G, K], zero for the taps that no token met
-        let filter = |values: &[E::Real], like: &Tensor| -> Result<Tensor> {
+        // [K met, D] to the filter's shape, zero for the taps that no token met
+        let filter = |values: Vec<E::Real>, taps: usize| -> Result<Tensor> {
             let met = values.len() / channels;
-            let met = tensor(values.to_vec(), (met, groups, channels / groups)).sum(D::Minus1)?;
-            let missing = like.dim(1)?.saturating_sub(met.dim(0)?);
-            Ok(met.pad_with_zeros(0, 0, missing)?.t()?)
+            let mut all = tensor(values, (met, channels));
+            if groups < channels {
+                all = all.reshape((met, groups, channels / groups))?.sum(D::Minus1)?;
+            }
+            if met < taps {
+                all = all.pad_with_zeros(0, 0, taps - met)?;
+            }
+            if self.taps_first { Ok(all) } else { transposed::<E::Real>(&all) }
         };
         let wanted = self.wanted.filter;
+        let d = self.d.as_ref().map(|_| wanted.then(|| tensor(found.past[..channels].to_vec(), channels)));
         let mut all = vec![Some(sequence(found.x))];
-        all.push(wanted.then(|| filter(&found.past, &self.filter)).transpose()?);
-        if let Some(reverse) = &self.reverse {
-            all.push(wanted.then(|| filter(&found.future, reverse)).transpose()?);
+        all.push(wanted.then(|| filter(found.past, self.sizes.taps)).transpose()?);
+        if self.reverse.is_some() {
+            all.push(wanted.then(|| filter(found.future, self.sizes.reverse)).transpose()?);
         }
-        if self.d.is_some() {
-            all.push(wanted.then(|| tensor(found.past[..channels].to_vec(), channels)));
-        }
+        all.extend(d);
         all.extend(self.pre_gate.as_ref().map(|_| Some(sequence(found.pre_gate))));
         let post_gate = self.wanted.post_gate.then(|| sequence(found.post_gate));
         all.extend(self.post_gate.as_ref().map(|_| post_gate));
         Ok(all)
     }
+}
+
+/// Rows and columns of a tile that is transposed at a time.
+const TILE: usize = 32;
+
+/// `[columns, rows]` of a contiguous `[rows, columns]`.
+fn transposed<T: Real>(matrix: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = matrix.dims2()?;
+    let held = Held::new(matrix);
+    let from = held.rows::<T>()?;
+    let mut to = vec![T::ZERO; rows * columns];
+    to.par_chunks_mut((TILE * rows).max(1)).enumerate().for_each(|(band, to)| {
+        for first in (0..rows).step_by(TILE) {
+            for row in first..rows.min(first + TILE) {
+                let from = &from.row([row])[band * TILE..];
+                to.chunks_exact_mut(rows).zip(from).for_each(|(to, &from)| to[row] = from);
+            }
+        }
+    });
+    Ok(tensor(to, (columns, rows)))
 }

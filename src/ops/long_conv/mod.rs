@@ -31,7 +31,7 @@ mod stream;
 
 pub use cpu::cache::FilterCache;
 pub use reference::long_conv_reference;
-pub use stream::{LongConvState, long_conv_with_state};
+pub use stream::{LongConvState, StreamConv, long_conv_with_state};
 
 use super::{Segments, accumulation_dtype};
 use crate::backend::cpu::simd::Isa;
@@ -48,6 +48,8 @@ pub struct LongConv<'a> {
     pub filter: &'a Tensor,
     /// Filters over the future, `[G, K']`; tap 0 meets the current token too. `None` is causal.
     pub reverse: Option<&'a Tensor>,
+    /// Both filters are given as `[K, G]`, taps first, and so are their gradients: the fastest to train.
+    pub taps_first: bool,
     /// Skip weight, `[D]`.
     pub d: Option<&'a Tensor>,
     /// `[B, L, D]`, multiplied into `x` first.
@@ -69,6 +71,7 @@ impl<'a> LongConv<'a> {
             x,
             filter,
             reverse: None,
+            taps_first: false,
             d: None,
             pre_gate: None,
             post_gate: None,
@@ -167,18 +170,28 @@ impl LongConv<'_> {
         if channels == 0 {
             return Err(wrong("x", "[B, L, D] with D >= 1".into(), self.x));
         }
-        let (groups, taps) = match *self.filter.dims() {
+        let turned = |dims: &[usize]| match *dims {
+            [taps, groups] if self.taps_first => [groups, taps],
+            [groups, taps] => [groups, taps],
+            _ => [0, 0],
+        };
+        let (groups, taps) = match turned(self.filter.dims()) {
             [groups, taps] if groups > 0 && channels % groups == 0 && taps > 0 => (groups, taps),
             _ => {
-                let expected = format!("[G, K] = [a divisor of {channels}, K >= 1]");
+                let symbols = if self.taps_first { "[K, G]" } else { "[G, K]" };
+                let expected = format!("{symbols} with K >= 1, G a divisor of {channels}");
                 return Err(wrong("filter", expected, self.filter));
             }
         };
-        let reverse = match self.reverse.map(|filter| (filter, filter.dims())) {
+        let reverse = match self.reverse.map(|filter| (filter, turned(filter.dims()))) {
             None => 0,
-            Some((_, &[g, taps])) if g == groups && taps > 0 => taps,
+            Some((_, [g, taps])) if g == groups && taps > 0 => taps,
             Some((filter, _)) => {
-                return Err(wrong("reverse", format!("[G, K'] = [{groups}, K' >= 1]"), filter));
+                return Err(wrong(
+                    "reverse",
+                    format!("[G, K'] (as the filter), K' >= 1, G = {groups}"),
+                    filter,
+                ));
             }
         };
         if let Some(d) = self.d.filter(|d| d.dims() != [channels]) {

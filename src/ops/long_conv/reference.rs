@@ -23,10 +23,12 @@ pub fn long_conv_reference(args: &LongConv) -> Result<Tensor> {
     let v = args.past.map_or(Ok(v.clone()), |past| Tensor::cat(&[&past.to_dtype(dtype)?, &v], 1))?;
     // the taps by lag, from the last of the future to the last of the past, with a zero for all lags beyond: [G, R + K + 1]
     let zero = Tensor::zeros((g, 1), dtype, v.device())?;
-    let mut taps = vec![args.filter.to_dtype(dtype)?];
+    let wide =
+        |filter: &Tensor| if args.taps_first { filter.t()?.to_dtype(dtype) } else { filter.to_dtype(dtype) };
+    let mut taps = vec![wide(args.filter)?];
     if let Some(reverse) = args.reverse {
         let flip: Vec<u32> = (0..sizes.reverse as u32).rev().collect();
-        let flipped = reverse.to_dtype(dtype)?.index_select(&Tensor::new(flip, v.device())?, 1)?;
+        let flipped = wide(reverse)?.contiguous()?.index_select(&Tensor::new(flip, v.device())?, 1)?;
         let future = Tensor::cat(&[&flipped, &Tensor::zeros((g, sizes.taps - 1), dtype, v.device())?], 1)?;
         let behind = Tensor::zeros((g, sizes.reverse - 1), dtype, v.device())?;
         taps = vec![(future + Tensor::cat(&[&behind, &taps[0]], 1)?)?];

@@ -33,7 +33,7 @@ struct Stage<T> {
 }
 
 /// What is done with the numbers that the last stage leaves.
-pub(super) trait Leaf<T: Real> {
+pub(in super::super) trait Leaf<T: Real> {
     /// Whether the stages forward are walked before.
     const FORWARD: bool = true;
     /// Whether the stages backward are walked after.
@@ -47,22 +47,22 @@ pub(super) trait Leaf<T: Real> {
 
 /// A complex number a lane.
 #[derive(Clone, Copy)]
-pub(super) struct Complex<V> {
-    pub(super) re: V,
-    pub(super) im: V,
+pub(in super::super) struct Complex<V> {
+    pub(in super::super) re: V,
+    pub(in super::super) im: V,
 }
 
 impl<V: Copy> Complex<V> {
     /// `self w`
     #[inline(always)]
-    pub(super) fn times<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
+    pub(in super::super) fn times<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
         let re = s.nfma(self.im, w.im, s.mul(self.re, w.re));
         let im = s.fma(self.im, w.re, s.mul(self.re, w.im));
         Self { re, im }
     }
     /// `self conj(w)`
     #[inline(always)]
-    pub(super) fn times_conjugate<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
+    pub(in super::super) fn times_conjugate<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
         let re = s.fma(self.im, w.im, s.mul(self.re, w.re));
         let im = s.nfma(self.re, w.im, s.mul(self.im, w.re));
         Self { re, im }
@@ -95,7 +95,7 @@ impl<V: Copy> Complex<V> {
     /// # Safety
     /// `p` points at two registers.
     #[inline(always)]
-    pub(super) unsafe fn load<T: Real, S: Simd<T, V = V>>(s: S, p: *const T) -> Self {
+    pub(in super::super) unsafe fn load<T: Real, S: Simd<T, V = V>>(s: S, p: *const T) -> Self {
         // SAFETY: the caller's promise.
         unsafe { Self { re: s.load(p), im: s.load(p.add(S::LANES)) } }
     }
@@ -104,7 +104,7 @@ impl<V: Copy> Complex<V> {
     /// # Safety
     /// `p` points at two registers.
     #[inline(always)]
-    pub(super) unsafe fn store<T: Real, S: Simd<T, V = V>>(self, s: S, p: *mut T) {
+    pub(in super::super) unsafe fn store<T: Real, S: Simd<T, V = V>>(self, s: S, p: *mut T) {
         // SAFETY: the caller's promise.
         unsafe {
             s.store(p, self.re);
@@ -186,7 +186,7 @@ impl<T: Real> Fft<T> {
 
     /// Walks `data`, `[N]` pairs of registers of `isa`, through the stages forward, `leaf`, and the stages backward: depth
     /// first, so that what fits in the cache stays there. Backward nothing is scaled: the result is `N` times too large.
-    pub(super) fn walk<L: Leaf<T>>(&self, isa: Isa, data: &mut [T], leaf: L) {
+    pub(in super::super) fn walk<L: Leaf<T>>(&self, isa: Isa, data: &mut [T], leaf: L) {
         T::dispatch_on(isa, Walk { fft: self, data, leaf });
     }
 

@@ -18,7 +18,7 @@ pub(in super::super) struct HeldTaps {
 
 /// The taps of all groups in one direction.
 #[derive(Clone, Copy)]
-pub(super) struct Direction<'a, T: Element> {
+pub(in super::super) struct Direction<'a, T: Element> {
     rows: Rows<'a, T>,
     /// Whether rows are taps of all groups, not groups of all taps.
     by_tap: bool,
@@ -26,13 +26,16 @@ pub(super) struct Direction<'a, T: Element> {
 
 /// Filters and skip weight.
 pub(in super::super) struct Taps<'a, T: Element> {
-    pub(super) past: Direction<'a, T>,
-    pub(super) future: Option<Direction<'a, T>>,
-    pub(super) d: Option<&'a [T]>,
+    pub(in super::super) past: Direction<'a, T>,
+    pub(in super::super) future: Option<Direction<'a, T>>,
+    pub(in super::super) d: Option<&'a [T]>,
 }
 
 /// A filter whose rows are contiguous either way, without a copy where that can be.
-fn laid_out(filter: &Tensor) -> Result<(Tensor, bool)> {
+fn laid_out(filter: &Tensor, taps_first: bool) -> Result<(Tensor, bool)> {
+    if taps_first {
+        return Ok((with_unit_stride(filter)?, true));
+    }
     let by_tap = filter.stride()[0] == 1 && filter.dim(0)? > 1;
     let filter = if by_tap { filter.t()? } else { with_unit_stride(filter)? };
     Ok((filter, by_tap))
@@ -42,8 +45,8 @@ impl HeldTaps {
     /// The filters of `args`, in the arithmetic's type.
     pub(in super::super) fn new(args: &LongConv) -> Result<Self> {
         Ok(Self {
-            past: laid_out(args.filter)?,
-            future: args.reverse.map(laid_out).transpose()?,
+            past: laid_out(args.filter, args.taps_first)?,
+            future: args.reverse.map(|filter| laid_out(filter, args.taps_first)).transpose()?,
             d: args.d.map(|d| d.contiguous()).transpose()?,
         })
     }
@@ -66,7 +69,7 @@ impl HeldTaps {
 
 impl<T: Real> Direction<'_, T> {
     /// The number of rows, and the row of each number: what a fingerprint reads.
-    pub(super) fn rows(&self) -> impl Iterator<Item = &[T]> {
+    pub(in super::super) fn rows(&self) -> impl Iterator<Item = &[T]> {
         (0..self.rows.count()).map(|index| self.rows.nth(index))
     }
 
@@ -105,9 +108,9 @@ impl<T: Real> Direction<'_, T> {
 /// lag 0.
 pub(in super::super) struct Layout<T> {
     /// The place of lag 0.
-    pub(super) origin: usize,
+    pub(in super::super) origin: usize,
     /// Lags of a block.
-    pub(super) lags: usize,
+    pub(in super::super) lags: usize,
     lanes: usize,
     values: Vec<T>,
 }
@@ -139,7 +142,7 @@ impl<T: Real> Layout<T> {
     }
 
     /// The taps of one block, `[lags, LANES]`.
-    pub(super) fn block(&self, index: usize) -> &[T] {
+    pub(in super::super) fn block(&self, index: usize) -> &[T] {
         let size = self.lags * self.lanes;
         &self.values[index * size..][..size]
     }
@@ -184,7 +187,7 @@ impl<T: Real> Spectrum<T> {
     }
 
     /// The transform of one block.
-    pub(super) fn block(&self, index: usize) -> &[T] {
+    pub(in super::super) fn block(&self, index: usize) -> &[T] {
         &self.values[index * self.size..][..self.size]
     }
 }
@@ -218,7 +221,7 @@ fn place_filter<T: Real>(
 }
 
 /// Forward alone.
-pub(super) struct Forwards;
+pub(in super::super) struct Forwards;
 
 impl<T: Real> Leaf<T> for Forwards {
     const BACKWARD: bool = false;
@@ -229,7 +232,7 @@ impl<T: Real> Leaf<T> for Forwards {
 }
 
 /// Backward alone.
-pub(super) struct Backwards;
+pub(in super::super) struct Backwards;
 
 impl<T: Real> Leaf<T> for Backwards {
     const FORWARD: bool = false;

@@ -10,33 +10,33 @@ use crate::backend::cpu::view::{Outlet, load, store};
 use std::ops::Range;
 
 /// One window of registers, which a thread uses again and again.
-pub(super) struct Scratch<T>(Vec<T>);
+pub(in super::super) struct Scratch<T>(Vec<T>);
 
 impl<T: Real> Scratch<T> {
-    pub(super) fn new(fft: &Fft<T>, lanes: usize) -> Self {
+    pub(in super::super) fn new(fft: &Fft<T>, lanes: usize) -> Self {
         let size = fft.points() * 2 * lanes;
         let mut values = memory::with_capacity(size);
         values.resize(size, T::ZERO);
         Self(values)
     }
 
-    pub(super) fn values(&mut self) -> &mut [T] {
+    pub(in super::super) fn values(&mut self) -> &mut [T] {
         &mut self.0
     }
 }
 
 /// Where the tokens of a window lie.
 #[derive(Clone, Debug)]
-pub(super) struct Span {
+pub(in super::super) struct Span {
     /// Positions in the sequence that are loaded.
-    pub(super) positions: Range<usize>,
+    pub(in super::super) positions: Range<usize>,
     /// The place of the first of them in the window.
-    pub(super) place: usize,
+    pub(in super::super) place: usize,
 }
 
 impl Span {
     /// The positions `start - before..end`, those that are there, in a window whose place 0 is `start - before`.
-    pub(super) fn new(start: usize, before: usize, end: usize, length: usize) -> Self {
+    pub(in super::super) fn new(start: usize, before: usize, end: usize, length: usize) -> Self {
         let first = start.saturating_sub(before);
         Self { positions: first..end.min(length), place: before - (start - first) }
     }
@@ -44,7 +44,7 @@ impl Span {
 
 /// Loads a span of `signal` into a window of `points`, zeros elsewhere.
 #[inline(always)]
-pub(super) fn fill<E: Element, S: Simd<E::Real>>(
+pub(in super::super) fn fill<E: Element, S: Simd<E::Real>>(
     s: S,
     window: &mut [E::Real],
     signal: &Signal<E>,
@@ -72,14 +72,14 @@ pub(super) fn fill<E: Element, S: Simd<E::Real>>(
 
 /// The value at `place` of a window.
 #[inline(always)]
-pub(super) fn at<T: Real, S: Simd<T>>(s: S, window: &[T], place: usize) -> S::V {
+pub(in super::super) fn at<T: Real, S: Simd<T>>(s: S, window: &[T], place: usize) -> S::V {
     let points = window.len() / (2 * S::LANES);
     let (point, half) = if place < points { (place, 0) } else { (place - points, 1) };
     load(s, window, (2 * point + half) * S::LANES, S::LANES)
 }
 
 /// Times a spectrum, or its conjugate.
-pub(super) struct Times<'a, T, const CONJUGATE: bool>(pub(super) &'a [T]);
+pub(in super::super) struct Times<'a, T, const CONJUGATE: bool>(pub(in super::super) &'a [T]);
 
 impl<T: Real, const CONJUGATE: bool> Leaf<T> for Times<'_, T, CONJUGATE> {
     #[inline(always)]
@@ -91,15 +91,15 @@ impl<T: Real, const CONJUGATE: bool> Leaf<T> for Times<'_, T, CONJUGATE> {
 }
 
 /// One sequence and one block of channels, forward.
-pub(super) struct Forward<'a, 's, E: Element> {
-    pub(super) problem: &'a Problem<'a, E>,
-    pub(super) fft: &'a Fft<E::Real>,
-    pub(super) geometry: Geometry,
-    pub(super) spectrum: &'a Spectrum<E::Real>,
-    pub(super) sequence: usize,
-    pub(super) block: usize,
-    pub(super) y: &'a Outlet<'a, E>,
-    pub(super) scratch: &'s mut Scratch<E::Real>,
+pub(in super::super) struct Forward<'a, 's, E: Element> {
+    pub(in super::super) problem: &'a Problem<'a, E>,
+    pub(in super::super) fft: &'a Fft<E::Real>,
+    pub(in super::super) geometry: Geometry,
+    pub(in super::super) spectrum: &'a Spectrum<E::Real>,
+    pub(in super::super) sequence: usize,
+    pub(in super::super) block: usize,
+    pub(in super::super) y: &'a Outlet<'a, E>,
+    pub(in super::super) scratch: &'s mut Scratch<E::Real>,
 }
 
 impl<E: Element> Kernel<E::Real> for Forward<'_, '_, E> {
