@@ -1,4 +1,4 @@
-"""The PyTorch peers: transformers, mambapy, and a selective scan as a plain loop over time.
+"""The PyTorch peers: transformers, mambapy, a selective scan as a plain loop over time, a long convolution by rfft.
 
 usage: torch_peers.py PEER TASK MODEL_DIR SECONDS      (peers.py calls this; the last line printed is JSON)
        torch_peers.py make MODEL_DIR                   (writes the random model all peers load)
@@ -127,6 +127,18 @@ def scan_inputs():
             torch.rand(channels), rows(), -1 - 3 * torch.rand(channels)]
 
 
+def rfft_convolution(x, k, d, pre_gate, post_gate):
+    """As safari's reference has it, channels before time: two transforms of twice the length, one back."""
+    v, size = x * pre_gate, 2 * x.shape[-1]
+    y = torch.fft.irfft(torch.fft.rfft(v, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : x.shape[-1]]
+    return post_gate * (y + v * d[:, None])
+
+
+def convolution_inputs(length):
+    rows = lambda: torch.randn(1, 256, length)
+    return [rows(), 0.1 * torch.randn(256, length), torch.randn(256), rows(), rows()]
+
+
 def differentiated(run, inputs):
     """Forward alone on plain tensors, and forward with the gradients of everything."""
     def backward():
@@ -139,8 +151,11 @@ def differentiated(run, inputs):
 
 def measure(peer, task, directory, seconds):
     kind, _, detail = task.partition("-")
-    if kind == "scan":
-        run, inputs = {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
+    if kind == "scan" or kind.startswith("conv_"):
+        if kind == "scan":
+            run, inputs = {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
+        else:
+            run, inputs = rfft_convolution, convolution_inputs(1024 * int(kind[len("conv_"):-1]))
         if detail == "fwd":
             with torch.no_grad():
                 return {"seconds": repeat(lambda: run(*inputs), seconds)}

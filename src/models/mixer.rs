@@ -41,6 +41,14 @@ impl MixerConfig {
         }
     }
 
+    /// The most tokens of a sequence, if there is a limit.
+    pub(crate) fn longest(&self) -> Option<usize> {
+        match self {
+            Self::Hyena(config) => Some(config.l_max),
+            Self::Mamba(_) | Self::Retention(_) => None,
+        }
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         match self {
             Self::Mamba(config) => config.validate(),

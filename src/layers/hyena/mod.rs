@@ -148,7 +148,7 @@ impl Hyena {
         &self,
         x: &Tensor,
         segments: Option<&Segments>,
-        state: Option<&mut HyenaState>,
+        mut state: Option<&mut HyenaState>,
     ) -> Result<Tensor> {
         let c = &self.config;
         let (batch, length) = match *x.dims() {
@@ -160,17 +160,16 @@ impl Hyena {
         if let Some(segments) = segments {
             segments.check("hyena", batch, length)?;
         }
-        let mut next = match state.as_deref() {
+        match state.as_deref() {
             Some(_) if c.bidirectional => {
                 return Err(Error::value("hyena: state", "a causal layer", "a bidirectional one"));
             }
             Some(state) => {
-                state.check(c, batch)?;
-                Some(state.clone())
+                state.check(c, batch, accumulation_dtype(self.dtype()))?;
             }
-            None => None,
-        };
-        let mut ends = next.as_ref().map_or(vec![0; batch], |state| state.positions.clone());
+            None => {}
+        }
+        let mut ends = state.as_deref().map_or(vec![0; batch], |state| state.positions.clone());
         advance(&mut ends, segments, length);
         if let Some(end) = longest(&ends, segments).filter(|&end| end > c.l_max) {
             return Err(Error::value("hyena: sequence length", format!("at most l_max = {}", c.l_max), end));
@@ -183,7 +182,7 @@ impl Hyena {
             weight: &self.short_weight.squeeze(1)?,
             bias: Some(&self.short_bias),
             silu: false,
-            initial_state: next.as_ref().map(|state| &state.conv),
+            initial_state: state.as_deref().map(|state| &state.conv),
             segments,
         })?;
         // a trained layer at the start of a sequence computes no taps beyond the call
@@ -192,7 +191,7 @@ impl Hyena {
         let built;
         let orders = match self.trained {
             true => {
-                built = self.build(if next.is_none() || from_start { length } else { c.l_max })?;
+                built = self.build(if state.is_none() || from_start { length } else { c.l_max })?;
                 &built
             }
             false => self.fixed()?,
@@ -202,7 +201,7 @@ impl Hyena {
         for (o, order) in orders.iter().enumerate() {
             let gate = part(c.order - 1 - o)?;
             let post_gate = (o + 2 == c.order).then_some(&first);
-            v = match &mut next {
+            v = match state.as_deref_mut() {
                 Some(state) if !from_start => {
                     let gates = [Some(&gate), post_gate];
                     order.stream(c.d_model)?.forward(&v, gates, segments, &mut state.long[o])?
@@ -219,7 +218,7 @@ impl Hyena {
                         ..LongConv::new(&v, &order.past)
                     };
                     let y = long_conv(&args)?;
-                    if let Some(state) = &mut next {
+                    if let Some(state) = state.as_deref_mut() {
                         let past = (&v * &gate)?.to_dtype(accumulation_dtype(self.dtype()))?;
                         state.long[o] = LongConvState::from_past(&past, &vec![length; batch])?;
                     }
@@ -228,8 +227,8 @@ impl Hyena {
             };
         }
         let out = self.out_proj.forward(&v)?;
-        if let (Some(state), Some(next)) = (state, next) {
-            *state = HyenaState { conv, positions: ends, ..next };
+        if let Some(state) = state {
+            (state.conv, state.positions) = (conv, ends);
         }
         Ok(out)
     }

@@ -46,16 +46,18 @@ impl HyenaState {
     }
 
     /// Checks that this belongs to `batch` sequences of a layer of `config`.
-    pub(crate) fn check(&self, config: &HyenaConfig, batch: usize) -> Result<()> {
+    pub(crate) fn check(&self, config: &HyenaConfig, batch: usize, dtype: DType) -> Result<()> {
         let dims = [batch, config.width(), config.short_filter - 1];
         if self.conv.dims() != dims {
             let expected = format!("[B, D (N + 1), taps - 1] = {dims:?}");
             return Err(Error::shape("hyena state: conv", expected, self.conv.dims()));
         }
-        let fits = |state: &LongConvState| (state.batch(), state.channels()) == (batch, config.d_model);
+        let sizes = (batch, config.d_model, dtype);
+        let fits = |state: &LongConvState| (state.batch(), state.channels(), state.dtype()) == sizes;
         if self.long.len() != config.order - 1 || !self.long.iter().all(fits) || self.positions.len() != batch
         {
-            let expected = format!("{} of {batch} rows and {} channels", config.order - 1, config.d_model);
+            let expected =
+                format!("{} of {batch} rows, {} channels, {dtype:?}", config.order - 1, config.d_model);
             return Err(Error::value("hyena state: long convolutions", expected, "others"));
         }
         Ok(())

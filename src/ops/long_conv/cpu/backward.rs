@@ -11,7 +11,7 @@
 use super::fft::{Complex, Fft, Leaf};
 use super::filter::{Backwards, Forwards, Spectrum};
 use super::signal::Signal;
-use super::window::{Scratch, Span, Times, at, fill};
+use super::window::{Pool, Scratch, Span, Times, at, fill};
 use super::{Geometry, Problem, block, cache};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, Rows, load, store};
@@ -69,11 +69,14 @@ impl<E: Element> Problem<'_, E> {
                 // the third sums the filter's gradient
                 std::array::from_fn(|_| Scratch::new(&fft, self.lanes))
             };
-            (0..self.blocks()).into_par_iter().for_each_init(scratch, |scratch, block| {
-                let (fft, outlets) = (&*fft, &outlets);
-                let kernel =
-                    Backward { problem: self, fft, geometry, spectrum, dz, wanted, block, outlets, scratch };
-                E::Real::dispatch_on(self.isa, kernel);
+            let pool = Pool::new();
+            (0..self.blocks()).into_par_iter().for_each(|block| {
+                pool.lend(scratch, |scratch| {
+                    let (problem, fft, outlets) = (self, &*fft, &outlets);
+                    let kernel =
+                        Backward { problem, fft, geometry, spectrum, dz, wanted, block, outlets, scratch };
+                    E::Real::dispatch_on(self.isa, kernel);
+                });
             });
         }
         // SAFETY: padding was zeroed; every other token, and every tap, was written, all channels of it.

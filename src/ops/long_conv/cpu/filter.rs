@@ -3,11 +3,12 @@
 use super::fft::{Complex, Fft, Leaf};
 use super::{block, lanes};
 use crate::Result;
-use crate::backend::cpu::simd::{Element, Isa, Real, Simd};
-use crate::backend::cpu::view::{Held, Outlet, Rows, with_unit_stride};
+use crate::backend::cpu::simd::{Element, Isa, Kernel, MAX_LANES, Real, Simd};
+use crate::backend::cpu::view::{Held, Outlet, Rows, load, with_unit_stride};
 use crate::ops::long_conv::{LongConv, Sizes};
 use candle_core::Tensor;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// The filters of a call, held for reading.
 pub(in super::super) struct HeldTaps {
@@ -74,15 +75,9 @@ impl<T: Real> Direction<'_, T> {
     }
 
     /// The first `count` taps of the block's channels, each given to `put` with its lag: a register's worth.
-    fn each(
-        &self,
-        sizes: &Sizes,
-        channels: std::ops::Range<usize>,
-        count: usize,
-        mut put: impl FnMut(usize, &[T]),
-    ) {
+    fn each(&self, sizes: &Sizes, channels: Range<usize>, count: usize, mut put: impl FnMut(usize, &[T])) {
         let width = sizes.channels / sizes.groups;
-        let mut lanes = [T::ZERO; crate::backend::cpu::simd::MAX_LANES];
+        let mut lanes = [T::ZERO; MAX_LANES];
         let lanes = &mut lanes[..channels.len()];
         if self.by_tap {
             for lag in 0..count {
@@ -171,17 +166,15 @@ impl<T: Real> Spectrum<T> {
             let outlet = Outlet::fresh(&mut values, blocks * size);
             (0..blocks).into_par_iter().for_each(|index| {
                 let to = outlet.at(index * size, size);
-                // SAFETY: at() checked the place, which is this block's own; zero bits are a zero of every real type.
-                let values = unsafe {
-                    to.write_bytes(0, size);
-                    std::slice::from_raw_parts_mut(to, size)
-                };
                 let channels = block(index, lanes, sizes.channels);
-                place_filter(fft.points(), lanes, taps, sizes, channels, longest, values);
+                let points = fft.points();
+                T::dispatch_on(isa, Place { points, taps, sizes, channels, longest, to });
+                // SAFETY: at() checked the place, which is this block's own and has just been filled.
+                let values = unsafe { std::slice::from_raw_parts_mut(to, size) };
                 fft.walk(isa, values, Forwards);
             });
         }
-        // SAFETY: every block was zeroed.
+        // SAFETY: every block was filled.
         unsafe { values.set_len(blocks * size) };
         Self { size, values }
     }
@@ -193,30 +186,91 @@ impl<T: Real> Spectrum<T> {
 }
 
 /// The filters of a block of channels in the places of their lags, modulo `X^(2N) + 1`, divided by `N`.
-fn place_filter<T: Real>(
+struct Place<'a, T: Real> {
     points: usize,
-    lanes: usize,
-    taps: &Taps<'_, T>,
-    sizes: &Sizes,
-    channels: std::ops::Range<usize>,
+    taps: &'a Taps<'a, T>,
+    sizes: &'a Sizes,
+    channels: Range<usize>,
     longest: usize,
-    values: &mut [T],
-) {
-    let scale = T::ONE / T::from_f64(points as f64);
-    let mut add = |place: usize, taps: &[T], scale: T| {
-        let at = (place % points * 2 + place / points) * lanes;
-        values[at..at + taps.len()].iter_mut().zip(taps).for_each(|(v, &tap)| *v += scale * tap);
-    };
-    taps.past.each(sizes, channels.clone(), sizes.taps.min(longest), |lag, taps| add(lag, taps, scale));
-    if let Some(reverse) = &taps.future {
-        // X^-lag = -X^(2N - lag)
-        reverse.each(sizes, channels.clone(), sizes.reverse.min(longest), |lag, taps| match lag {
-            0 => add(0, taps, scale),
-            _ => add(2 * points - lag, taps, -scale),
-        });
+    /// Room for `[points, 2, LANES]`.
+    to: *mut T,
+}
+
+impl<T: Real> Kernel<T> for Place<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, s: S) {
+        let Self { points, taps, sizes, channels, longest, to } = self;
+        let (count, behind) = (sizes.taps.min(longest), sizes.reverse.min(longest));
+        let past = taps.past.of(sizes, channels.clone());
+        let future = taps.future.as_ref().map(|future| future.of(sizes, channels.clone()));
+        let scale = T::ONE / T::from_f64(points as f64);
+        let (scale, negative) = (s.splat(scale), s.splat(-scale));
+        // the lags of the past from 0 up; those of the future from 2N down, for X^-lag = -X^(2N - lag)
+        let tap = |place: usize| {
+            if place < count {
+                s.mul(scale, past.load(s, place))
+            } else {
+                match (&future, 2 * points - place) {
+                    (Some(future), lag) if lag < behind => s.mul(negative, future.load(s, lag)),
+                    _ => s.splat(T::ZERO),
+                }
+            }
+        };
+        for place in 0..points {
+            let mut both = Complex { re: tap(place), im: tap(place + points) };
+            if place == 0 {
+                // lag 0 of both directions, and the skip weight
+                if let Some(future) = &future {
+                    both.re = s.fma(scale, future.load(s, 0), both.re);
+                }
+                if let Some(d) = taps.d {
+                    both.re = s.fma(scale, load(s, d, channels.start, channels.len()), both.re);
+                }
+            }
+            // SAFETY: there is room for so many points, of two registers each.
+            unsafe { both.store(s, to.add(place * 2 * S::LANES)) };
+        }
     }
-    if let Some(d) = taps.d {
-        add(0, &d[channels], scale);
+}
+
+/// The taps of one block of channels in one direction.
+struct OfBlock<'a, T: Element> {
+    by_tap: Option<Rows<'a, T>>,
+    /// The channels' rows, else.
+    rows: [&'a [T]; MAX_LANES],
+    channels: Range<usize>,
+    /// Channels of a group.
+    width: usize,
+}
+
+impl<'a, T: Real> Direction<'a, T> {
+    fn of(&self, sizes: &Sizes, channels: Range<usize>) -> OfBlock<'a, T> {
+        let width = sizes.channels / sizes.groups;
+        let mut rows: [&[T]; MAX_LANES] = [&[]; MAX_LANES];
+        if !self.by_tap {
+            rows.iter_mut().zip(channels.clone()).for_each(|(row, c)| *row = self.rows.row([c / width]));
+        }
+        OfBlock { by_tap: self.by_tap.then_some(self.rows), rows, channels, width }
+    }
+}
+
+impl<T: Real> OfBlock<'_, T> {
+    /// The taps of one lag.
+    #[inline(always)]
+    fn load<S: Simd<T>>(&self, s: S, lag: usize) -> S::V {
+        let (start, count) = (self.channels.start, self.channels.len());
+        let mut lanes = [T::ZERO; MAX_LANES];
+        match &self.by_tap {
+            Some(rows) if self.width == 1 => return load(s, rows.row([lag]), start, count),
+            Some(rows) => {
+                let row = rows.row([lag]);
+                lanes.iter_mut().zip(self.channels.clone()).for_each(|(lane, c)| *lane = row[c / self.width]);
+            }
+            None => lanes.iter_mut().zip(&self.rows[..count]).for_each(|(lane, row)| *lane = row[lag]),
+        }
+        // SAFETY: LANES <= MAX_LANES.
+        unsafe { s.load(lanes.as_ptr()) }
     }
 }
 

@@ -26,6 +26,7 @@ use rayon::prelude::*;
 use signal::{Sequence, Signal};
 use std::ops::Range;
 use std::sync::Arc;
+use window::{Pool, Scratch};
 
 /// Lanes of `isa` for `T`.
 pub(super) fn lanes<T: Real>(isa: Isa) -> usize {
@@ -131,20 +132,23 @@ impl<'a, E: Element> Problem<'a, E> {
                 }),
                 Prepared::Transformed(geometry, spectrum) => {
                     let fft = cache::plan::<E::Real>(geometry.points);
-                    let scratch = || window::Scratch::<E::Real>::new(&fft, self.lanes);
-                    tasks.par_iter().for_each_init(scratch, |scratch, &(sequence, block)| {
-                        let (fft, geometry) = (&*fft, *geometry);
-                        let kernel = window::Forward {
-                            problem: self,
-                            fft,
-                            geometry,
-                            spectrum,
-                            sequence,
-                            block,
-                            y: &y,
-                            scratch,
-                        };
-                        E::Real::dispatch_on(self.isa, kernel);
+                    let pool = Pool::new();
+                    let make = || Scratch::<E::Real>::new(&fft, self.lanes);
+                    tasks.par_iter().for_each(|&(sequence, block)| {
+                        pool.lend(make, |scratch| {
+                            let (problem, fft, geometry) = (self, &*fft, *geometry);
+                            let kernel = window::Forward {
+                                problem,
+                                fft,
+                                geometry,
+                                spectrum,
+                                sequence,
+                                block,
+                                y: &y,
+                                scratch,
+                            };
+                            E::Real::dispatch_on(self.isa, kernel);
+                        });
                     });
                 }
             }

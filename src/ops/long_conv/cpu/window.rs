@@ -8,6 +8,7 @@ use crate::backend::cpu::memory;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, load, store};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// One window of registers, which a thread uses again and again.
 pub(in super::super) struct Scratch<T>(Vec<T>);
@@ -22,6 +23,25 @@ impl<T: Real> Scratch<T> {
 
     pub(in super::super) fn values(&mut self) -> &mut [T] {
         &mut self.0
+    }
+}
+
+/// Scratch that is free: as many as threads that have been at work.
+pub(in super::super) struct Pool<S>(Mutex<Vec<S>>);
+
+impl<S> Pool<S> {
+    pub(in super::super) fn new() -> Self {
+        Self(Mutex::new(vec![]))
+    }
+
+    /// Lends free scratch, or what `make` makes, to `f`.
+    pub(in super::super) fn lend<R>(&self, make: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
+        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = free().pop();
+        let mut scratch = found.unwrap_or_else(make);
+        let result = f(&mut scratch);
+        free().push(scratch);
+        result
     }
 }
 

@@ -85,6 +85,11 @@ impl LongConvState {
         self.channels
     }
 
+    /// f32 or f64.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Back to the state before the first token.
     pub fn reset(&mut self) {
         let rows = (0..self.batch).map(|_| Tensor::zeros((0, self.channels), self.dtype, &Device::Cpu));
