@@ -11,7 +11,10 @@ use super::config::{FilterOrder, HyenaConfig, HyenaFilter, ImplicitFilter};
 use crate::Result;
 use crate::layers::parameter::Reader;
 use crate::ops::linear;
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
+
+/// Positions computed at a time where filters are computed once.
+const PIECE: usize = 1 << 15;
 
 /// The parameters that filters are made of.
 #[derive(Clone, Debug)]
@@ -57,19 +60,19 @@ impl Filters {
         })))
     }
 
-    /// The first `length` taps of all filters, `[length, columns]`, f32 or wider.
-    fn taps(&self, length: usize) -> Result<Tensor> {
+    /// Taps of all filters, `[positions, columns]`, f32 or wider.
+    fn taps(&self, start: usize, length: usize) -> Result<Tensor> {
         let n = match self {
-            Self::Explicit(filter) => return Ok(filter.narrow(0, 0, length)?),
+            Self::Explicit(filter) => return Ok(filter.narrow(0, start, length)?),
             Self::Implicit(network) => network,
         };
-        let mut h = n.z.narrow(0, 0, length)?;
+        let mut h = n.z.narrow(0, start, length)?;
         for [weight, bias, frequency] in &n.layers {
             h = linear(&h, weight, Some(bias))?.broadcast_mul(frequency)?.sin()?;
         }
         h = linear(&h, &n.last, None)?;
         if let Some(deltas) = &n.deltas {
-            let decay = n.t.narrow(0, 0, length)?.broadcast_mul(&deltas.abs()?)?.neg()?.exp()?;
+            let decay = n.t.narrow(0, start, length)?.broadcast_mul(&deltas.abs()?)?.neg()?.exp()?;
             h = (h * (decay + n.config.shift)?)?;
         }
         if n.config.normalized {
@@ -78,13 +81,53 @@ impl Filters {
         Ok(h)
     }
 
+    fn device(&self) -> &Device {
+        match self {
+            Self::Explicit(filter) => filter.device(),
+            Self::Implicit(network) => network.z.device(),
+        }
+    }
+
+    /// The same parameters in f64.
+    fn widened(&self) -> Result<Self> {
+        let wide = |x: &Tensor| x.to_dtype(DType::F64);
+        let n = match self {
+            Self::Explicit(filter) => return Ok(Self::Explicit(filter.clone())),
+            Self::Implicit(network) => network,
+        };
+        let layer = |[a, b, c]: &[Tensor; 3]| Ok([wide(a)?, wide(b)?, wide(c)?]);
+        Ok(Self::Implicit(Box::new(Network {
+            config: n.config,
+            z: wide(&n.z)?,
+            t: wide(&n.t)?,
+            layers: n.layers.iter().map(layer).collect::<Result<_>>()?,
+            last: wide(&n.last)?,
+            deltas: n.deltas.as_ref().map(wide).transpose()?,
+        })))
+    }
+
+    /// The first `length` taps, computed in f64 and rounded once: sines of fast frequencies multiply the errors of what
+    /// goes in. A piece at a time, as they are for good.
+    fn exact(&self, length: usize) -> Result<Tensor> {
+        let dtype = match self {
+            Self::Explicit(filter) => return Ok(filter.narrow(0, 0, length)?),
+            Self::Implicit(network) => network.z.dtype(),
+        };
+        let wide = self.widened()?;
+        let piece = |start| Ok(wide.taps(start, PIECE.min(length - start))?.to_dtype(dtype)?);
+        let pieces = (0..length).step_by(PIECE).map(piece).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&pieces, 0)?)
+    }
+
     /// The filters of each order, `[length, D]`, over the past and, if bidirectional, the future.
     pub(super) fn orders(
         &self,
         config: &HyenaConfig,
         length: usize,
+        trained: bool,
     ) -> Result<Vec<(Tensor, Option<Tensor>)>> {
-        let taps = self.taps(length)?;
+        let taps =
+            if trained || self.device().is_metal() { self.taps(0, length)? } else { self.exact(length)? };
         let part = |direction: usize, order: usize| -> Result<Tensor> {
             let filters = config.filters();
             of_order(

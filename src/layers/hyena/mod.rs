@@ -235,7 +235,7 @@ impl Hyena {
 
     /// The filters of every order, of `length` taps.
     fn build(&self, length: usize) -> Result<Vec<Order>> {
-        let filters = self.filters.orders(&self.config, length)?;
+        let filters = self.filters.orders(&self.config, length, self.trained)?;
         let bias = self.bias.unsqueeze(0)?;
         let order = |(o, (past, future))| {
             let bias = of_order(&self.config, &bias, o)?.squeeze(0)?;
