@@ -10,7 +10,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 16] = [
+const FIXTURES: [&str; 19] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -27,6 +27,9 @@ const FIXTURES: [&str; 16] = [
     "retnet-fla-groups",
     "retnet-fla-plain",
     "retnet-fla-conv",
+    "hyenadna",
+    "hyenadna-order3",
+    "hyenadna-training",
 ];
 
 fn fixture(name: &str) -> PathBuf {

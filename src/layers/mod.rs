@@ -7,6 +7,7 @@
 //! Every mixer follows the streaming law: how a sequence is cut into calls, packed with others or padded does not
 //! change its outputs, its final state or its gradients.
 
+pub mod hyena;
 mod linear;
 pub mod mamba;
 mod mlp;
@@ -15,6 +16,7 @@ pub(crate) mod parameter;
 pub mod retention;
 pub(crate) mod state;
 
+pub use hyena::{Hyena, HyenaConfig, HyenaState};
 pub use mamba::{Mamba, MambaConfig, MambaState};
 pub use mlp::{Mlp, MlpConfig, MlpGate};
 pub use norm::{LayerNorm, NormConfig, NormLayer, RmsNorm};

@@ -2,8 +2,8 @@
 
 use super::Form;
 use crate::layers::{
-    LayerState, Mamba, MambaConfig, MambaState, MultiScaleRetention, Parameter, RetentionConfig,
-    RetentionState,
+    Hyena, HyenaConfig, HyenaState, LayerState, Mamba, MambaConfig, MambaState, MultiScaleRetention,
+    Parameter, RetentionConfig, RetentionState,
 };
 use crate::ops::Segments;
 use crate::{Error, Result};
@@ -19,6 +19,8 @@ pub enum MixerConfig {
     Mamba(MambaConfig),
     /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
     Retention(RetentionConfig),
+    /// [`layers::Hyena`](crate::layers::Hyena)
+    Hyena(HyenaConfig),
 }
 
 impl MixerConfig {
@@ -27,6 +29,7 @@ impl MixerConfig {
         match self {
             Self::Mamba(config) => config.parameters(),
             Self::Retention(config) => config.parameters(),
+            Self::Hyena(config) => config.parameters(),
         }
     }
 
@@ -34,6 +37,15 @@ impl MixerConfig {
         match self {
             Self::Mamba(config) => config.d_model,
             Self::Retention(config) => config.d_model,
+            Self::Hyena(config) => config.d_model,
+        }
+    }
+
+    /// The most tokens of a sequence, if there is a limit.
+    pub(crate) fn longest(&self) -> Option<usize> {
+        match self {
+            Self::Hyena(config) => Some(config.l_max),
+            Self::Mamba(_) | Self::Retention(_) => None,
         }
     }
 
@@ -41,6 +53,7 @@ impl MixerConfig {
         match self {
             Self::Mamba(config) => config.validate(),
             Self::Retention(config) => config.validate(),
+            Self::Hyena(config) => config.validate(),
         }
     }
 
@@ -53,6 +66,12 @@ impl MixerConfig {
             Self::Retention(c) => {
                 format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
             }
+            Self::Hyena(c) => {
+                format!(
+                    "hyena d_model {} order {} l_max {} taps {}",
+                    c.d_model, c.order, c.l_max, c.short_filter
+                )
+            }
         }
     }
 
@@ -61,6 +80,7 @@ impl MixerConfig {
         match self {
             Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
             Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
+            Self::Hyena(config) => Hyena::init(config, rng, residual_scale),
         }
     }
 }
@@ -70,6 +90,7 @@ impl MixerConfig {
 pub(crate) enum Mixer {
     Mamba(Mamba),
     Retention(MultiScaleRetention),
+    Hyena(Hyena),
 }
 
 impl Mixer {
@@ -77,6 +98,7 @@ impl Mixer {
         Ok(match config {
             MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
             MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
+            MixerConfig::Hyena(config) => Self::Hyena(Hyena::new(config, vb)?),
         })
     }
 
@@ -96,6 +118,10 @@ impl Mixer {
             (Self::Retention(mixer), Some(MixerState::Retention(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
+            (Self::Hyena(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Hyena(mixer), Some(MixerState::Hyena(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
             (mixer, Some(state)) => {
                 let expected = format!("one of {}", mixer.name());
                 Err(Error::value("state", expected, format!("one of {}", state.mixer())))
@@ -108,13 +134,14 @@ impl Mixer {
         Ok(match self {
             Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
             Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
+            Self::Hyena(mixer) => MixerState::Hyena(mixer.init_state(batch)?),
         })
     }
 
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
     pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         match self {
-            Self::Mamba(_) => Ok(false),
+            Self::Mamba(_) | Self::Hyena(_) => Ok(false),
             Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
         }
     }
@@ -124,6 +151,7 @@ impl Mixer {
         match self {
             Self::Mamba(_) => "mamba",
             Self::Retention(_) => "retention",
+            Self::Hyena(_) => "hyena",
         }
     }
 }
@@ -136,6 +164,8 @@ pub enum MixerState {
     Mamba(MambaState),
     /// See [`RetentionState`].
     Retention(RetentionState),
+    /// See [`HyenaState`].
+    Hyena(HyenaState),
 }
 
 impl MixerState {
@@ -144,7 +174,13 @@ impl MixerState {
         match self {
             Self::Mamba(_) => "mamba",
             Self::Retention(_) => "retention",
+            Self::Hyena(_) => "hyena",
         }
+    }
+
+    /// Whether its tensors are all of it.
+    pub(crate) fn is_tensors(&self) -> bool {
+        !matches!(self, Self::Hyena(_))
     }
 
     /// The state of the mixer that goes by that name, from its tensors and the tokens each row has had; none if there
@@ -157,37 +193,72 @@ impl MixerState {
         Ok(match mixer {
             "mamba" => Some(Self::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? })),
             "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
+            "hyena" => Some(Self::Hyena(HyenaState::from_tensors(get("conv")?, &get("past")?, positions)?)),
             _ => None,
         })
     }
 }
 
+/// The same call on whichever state it is.
+macro_rules! each {
+    ($self:expr, $state:ident => $call:expr) => {
+        match $self {
+            Self::Mamba($state) => $call,
+            Self::Retention($state) => $call,
+            Self::Hyena($state) => $call,
+        }
+    };
+    ($self:expr, $state:ident => $call:expr, wrapped) => {
+        Ok(match $self {
+            Self::Mamba($state) => Self::Mamba($call?),
+            Self::Retention($state) => Self::Retention($call?),
+            Self::Hyena($state) => Self::Hyena($call?),
+        })
+    };
+}
+
 impl LayerState for MixerState {
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors(),
-            Self::Retention(state) => state.tensors(),
-        }
+        each!(self, state => state.tensors())
     }
 
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors_mut(),
-            Self::Retention(state) => state.tensors_mut(),
-        }
+        each!(self, state => state.tensors_mut())
+    }
+
+    fn saved(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        each!(self, state => state.saved())
+    }
+
+    fn is_tracked(&self) -> bool {
+        each!(self, state => state.is_tracked())
     }
 
     fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
-        match self {
-            Self::Mamba(state) => state.positions_mut(),
-            Self::Retention(state) => state.positions_mut(),
-        }
+        each!(self, state => state.positions_mut())
     }
 
     fn reset(&mut self) -> Result<()> {
+        each!(self, state => state.reset())
+    }
+
+    fn detach(&self) -> Self {
         match self {
-            Self::Mamba(state) => state.reset(),
-            Self::Retention(state) => state.reset(),
+            Self::Mamba(state) => Self::Mamba(state.detach()),
+            Self::Retention(state) => Self::Retention(state.detach()),
+            Self::Hyena(state) => Self::Hyena(state.detach()),
         }
+    }
+
+    fn select(&self, rows: &[usize]) -> Result<Self> {
+        each!(self, state => state.select(rows), wrapped)
+    }
+
+    fn batch(&self) -> usize {
+        each!(self, state => state.batch())
+    }
+
+    fn bytes(&self) -> usize {
+        each!(self, state => state.bytes())
     }
 }

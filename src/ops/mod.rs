@@ -9,6 +9,7 @@ pub mod activation;
 pub mod causal_conv1d;
 mod form;
 pub mod linear;
+pub mod long_conv;
 pub mod norm;
 pub mod retention;
 pub mod rotary;
@@ -19,6 +20,7 @@ pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softp
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use form::Form;
 pub use linear::linear;
+pub use long_conv::{FilterCache, LongConv, LongConvState, StreamConv, long_conv, long_conv_with_state};
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
 pub use retention::{Retention, retention};
 pub use rotary::{Rotary, RotaryStyle, rotary};

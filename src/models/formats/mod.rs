@@ -9,6 +9,8 @@
 //! | [`Family::RetNet`] | `"model_type": "retnet"` | fla (`fla-hub/retnet-*`) |
 //! | [`Family::RetNetTorchscale`] | `decoder_embed_dim`, no `model_type` | torchscale's `RetNetDecoder` |
 //! | [`Family::RetNetPort`] | `decoder_embed_dim` and `"model_type": "retnet"` | torchscale's, ported to transformers by syncdoth |
+//! | [`Family::HyenaDna`] | `"model_type": "hyenadna"` | transformers (`LongSafari/hyenadna-*-hf`) |
+//! | [`Family::HyenaDnaTraining`] | `d_model` and `layer`, no `model_type` | hyena-dna's training code (`LongSafari/hyenadna-*`) and safari |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -20,6 +22,7 @@
 //! 5. anything else is refused by name, for it might change the function.
 
 mod falcon_mamba;
+mod hyena_dna;
 mod keys;
 mod mamba_hf;
 mod mamba_original;
@@ -56,6 +59,10 @@ pub enum Family {
         /// Whether the MLPs are gated.
         glu: bool,
     },
+    /// HyenaDNA in transformers.
+    HyenaDna,
+    /// HyenaDNA as its training code saves it.
+    HyenaDnaTraining,
 }
 
 impl Family {
@@ -68,6 +75,8 @@ impl Family {
             Self::RetNet { .. } => "retnet",
             Self::RetNetTorchscale => "retnet (torchscale)",
             Self::RetNetPort { .. } => "retnet (torchscale, transformers)",
+            Self::HyenaDna => "hyenadna",
+            Self::HyenaDnaTraining => "hyenadna (training)",
         }
     }
 
@@ -78,6 +87,7 @@ impl Family {
             Self::MambaOriginal => mamba_original::upstream_name(own),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).upstream(own),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).upstream(own),
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::names(self).upstream(own),
         }
     }
 
@@ -89,6 +99,15 @@ impl Family {
             Self::FalconMamba => upstream.to_string(),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).own(upstream),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).own(upstream),
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::own_name(self, upstream),
+        }
+    }
+
+    /// The parameter that a tensor of ours by name is another name of.
+    pub(crate) fn shared(self, own: &str) -> Option<String> {
+        match self {
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::shared(own),
+            _ => None,
         }
     }
 
@@ -102,7 +121,7 @@ impl Family {
 
     /// Whether the config names the dtype of the weights.
     fn names_dtype(self) -> bool {
-        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale)
+        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale | Self::HyenaDnaTraining)
     }
 }
 
@@ -114,12 +133,16 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
         Some("falcon_mamba") => falcon_mamba::read(&keys)?,
         Some("retnet") if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, true)?,
         Some("retnet") => retnet_fla::read(&keys)?,
-        Some(other) => return Err(keys.wrong("model_type", "mamba, falcon_mamba or retnet", other)),
+        Some("hyenadna") => hyena_dna::read(&keys)?,
+        Some(other) => {
+            return Err(keys.wrong("model_type", "mamba, falcon_mamba, retnet or hyenadna", other));
+        }
+        None if keys.has("d_model") && keys.has("layer") => hyena_dna::read_training(&keys)?,
         None if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, false)?,
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
         None => {
-            let expected = "mamba, falcon_mamba or retnet (or the keys d_model and n_layer of mamba-ssm, or \
-                            decoder_embed_dim of torchscale)";
+            let expected = "mamba, falcon_mamba, retnet or hyenadna (or the keys d_model and n_layer of mamba-ssm, \
+                            decoder_embed_dim of torchscale, or d_model and layer of hyena-dna)";
             return Err(keys.wrong("model_type", expected, "nothing"));
         }
     };
@@ -149,6 +172,7 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::FalconMamba => falcon_mamba::write(config),
         Family::RetNet { fused_norm } => retnet_fla::write(config, fused_norm),
         Family::RetNetTorchscale | Family::RetNetPort { .. } => retnet_torchscale::write(config),
+        Family::HyenaDna | Family::HyenaDnaTraining => hyena_dna::write(config),
     }?;
     if config.family.names_dtype() {
         let name = match dtype {
