@@ -26,6 +26,8 @@ fn main() -> subquadratic::Result<()> {
     operators::selective_scan::all(&mut criterion, &mut bench)?;
     operators::retention::all(&mut criterion, &mut bench)?;
     operators::causal_conv1d::all(&mut criterion, &mut bench)?;
+    operators::modal_conv::all(&mut criterion, &mut bench)?;
+    operators::attention::all(&mut criterion, &mut bench)?;
     operators::retention::all(&mut criterion, &mut bench)?;
     operators::norm::all(&mut criterion, &mut bench)?;
     operators::linear::all(&mut criterion, &mut bench)?;
