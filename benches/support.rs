@@ -58,6 +58,9 @@ impl Bench {
 
     /// Uniform in `range`.
     pub fn uniform(&mut self, dims: &[usize], range: std::ops::Range<f32>, dtype: DType) -> Result<Tensor> {
+        if !self.device.is_cpu() {
+            return Ok(Tensor::rand(range.start, range.end, dims, &self.device)?.to_dtype(dtype)?);
+        }
         let count = dims.iter().product();
         let values: Vec<f32> = (0..count).map(|_| self.rng.random_range(range.clone())).collect();
         Ok(Tensor::from_vec(values, dims, &self.device)?.to_dtype(dtype)?)

@@ -28,6 +28,9 @@ pub struct Arguments {
     /// The text to continue [default: "And ", after training]
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+    /// Train a hybrid of these blocks, as in "mamba*3 attention", one after another
+    #[arg(long, value_name = "WORDS", conflicts_with = "model")]
+    pattern: Option<String>,
     /// Among equal forms of the mixer, the one to compute [auto, parallel, chunkwise, recurrent]
     #[arg(long, default_value = "auto", value_parser = parse_form)]
     form: Form,
@@ -149,7 +152,11 @@ impl Session {
             let settings = training.settings(&family.defaults);
             let (text, data) = read(&settings, family.carry)?;
             let vocabulary = if settings.fasta.is_some() { dna::VOCABULARY } else { 256 };
-            let config = (family.config)(settings.hidden, settings.layers, vocabulary);
+            let config = match &arguments.pattern {
+                Some(pattern) => ModelConfig::striped(pattern, settings.hidden, vocabulary)?,
+                None => (family.config)(settings.hidden, settings.layers, vocabulary),
+            };
+            let settings = Settings { layers: config.blocks.len(), ..settings };
             let mut model = LanguageModel::init(&config, arguments.seed, place.dtype, &device)?;
             model.set_recompute(training.recompute);
             set_form(&mut model, arguments.form)?;

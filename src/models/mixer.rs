@@ -2,21 +2,28 @@
 
 use super::Form;
 use crate::layers::{
-    Hyena, HyenaConfig, HyenaState, LayerState, Mamba, MambaConfig, MambaState, MultiScaleRetention,
-    Parameter, RetentionConfig, RetentionState,
+    Attention, AttentionConfig, AttentionState, Hyena, HyenaConfig, HyenaState, LayerState, Mamba,
+    MambaConfig, MambaState, ModalHyena, ModalHyenaConfig, ModalHyenaState, MultiScaleRetention, Parameter,
+    RetentionConfig, RetentionState,
 };
 use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
 /// What mixes along the sequence.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum MixerConfig {
     /// [`layers::Mamba`](crate::layers::Mamba)
     Mamba(MambaConfig),
+    /// [`layers::Attention`](crate::layers::Attention)
+    Attention(AttentionConfig),
+    /// [`layers::ModalHyena`](crate::layers::ModalHyena)
+    ModalHyena(ModalHyenaConfig),
     /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
     Retention(RetentionConfig),
     /// [`layers::Hyena`](crate::layers::Hyena)
@@ -28,6 +35,8 @@ impl MixerConfig {
     pub fn parameters(&self) -> Vec<Parameter> {
         match self {
             Self::Mamba(config) => config.parameters(),
+            Self::Attention(config) => config.parameters(),
+            Self::ModalHyena(config) => config.parameters(),
             Self::Retention(config) => config.parameters(),
             Self::Hyena(config) => config.parameters(),
         }
@@ -36,6 +45,8 @@ impl MixerConfig {
     pub(crate) fn width(&self) -> usize {
         match self {
             Self::Mamba(config) => config.d_model,
+            Self::Attention(config) => config.d_model,
+            Self::ModalHyena(config) => config.d_model,
             Self::Retention(config) => config.d_model,
             Self::Hyena(config) => config.d_model,
         }
@@ -45,13 +56,15 @@ impl MixerConfig {
     pub(crate) fn longest(&self) -> Option<usize> {
         match self {
             Self::Hyena(config) => Some(config.l_max),
-            Self::Mamba(_) | Self::Retention(_) => None,
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Retention(_) => None,
         }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         match self {
             Self::Mamba(config) => config.validate(),
+            Self::Attention(config) => config.validate(),
+            Self::ModalHyena(config) => config.validate(),
             Self::Retention(config) => config.validate(),
             Self::Hyena(config) => config.validate(),
         }
@@ -63,6 +76,11 @@ impl MixerConfig {
             Self::Mamba(c) => {
                 format!("mamba d_inner {} d_state {} d_conv {}", c.d_inner, c.d_state, c.d_conv)
             }
+            Self::Attention(c) => {
+                let (window, rotary) = (c.window.unwrap_or(0), c.rotary);
+                format!("attention {} x {} window {window} {rotary:?}", c.kv_heads, c.head_dim)
+            }
+            Self::ModalHyena(c) => format!("modal_hyena {} taps {} {:?}", c.d_model, c.short_taps, c.filter),
             Self::Retention(c) => {
                 format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
             }
@@ -79,6 +97,8 @@ impl MixerConfig {
     pub(crate) fn init(&self, rng: &mut impl Rng, residual_scale: f64) -> Result<Vec<(String, Tensor)>> {
         match self {
             Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
+            Self::Attention(config) => config.init(rng, residual_scale),
+            Self::ModalHyena(config) => ModalHyena::init(config, rng, residual_scale),
             Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
             Self::Hyena(config) => Hyena::init(config, rng, residual_scale),
         }
@@ -89,6 +109,8 @@ impl MixerConfig {
 #[derive(Clone, Debug)]
 pub(crate) enum Mixer {
     Mamba(Mamba),
+    Attention(Attention),
+    ModalHyena(ModalHyena),
     Retention(MultiScaleRetention),
     Hyena(Hyena),
 }
@@ -97,6 +119,8 @@ impl Mixer {
     pub(crate) fn new(config: &MixerConfig, vb: VarBuilder) -> Result<Self> {
         Ok(match config {
             MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
+            MixerConfig::Attention(config) => Self::Attention(Attention::new(config, vb)?),
+            MixerConfig::ModalHyena(config) => Self::ModalHyena(ModalHyena::new(config, vb)?),
             MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
             MixerConfig::Hyena(config) => Self::Hyena(Hyena::new(config, vb)?),
         })
@@ -112,6 +136,14 @@ impl Mixer {
         match (self, state) {
             (Self::Mamba(mixer), None) => mixer.forward_segments(x, segments, None),
             (Self::Mamba(mixer), Some(MixerState::Mamba(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (Self::Attention(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Attention(mixer), Some(MixerState::Attention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (Self::ModalHyena(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::ModalHyena(mixer), Some(MixerState::ModalHyena(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
             (Self::Retention(mixer), None) => mixer.forward_segments(x, segments, None),
@@ -133,6 +165,8 @@ impl Mixer {
     pub(crate) fn init_state(&self, batch: usize) -> Result<MixerState> {
         Ok(match self {
             Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
+            Self::Attention(mixer) => MixerState::Attention(mixer.init_state(batch)?),
+            Self::ModalHyena(mixer) => MixerState::ModalHyena(mixer.init_state(batch)?),
             Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
             Self::Hyena(mixer) => MixerState::Hyena(mixer.init_state(batch)?),
         })
@@ -141,7 +175,7 @@ impl Mixer {
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
     pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         match self {
-            Self::Mamba(_) | Self::Hyena(_) => Ok(false),
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Hyena(_) => Ok(false),
             Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
         }
     }
@@ -150,6 +184,8 @@ impl Mixer {
     fn name(&self) -> &'static str {
         match self {
             Self::Mamba(_) => "mamba",
+            Self::Attention(_) => "attention",
+            Self::ModalHyena(_) => "modal_hyena",
             Self::Retention(_) => "retention",
             Self::Hyena(_) => "hyena",
         }
@@ -162,6 +198,10 @@ impl Mixer {
 pub enum MixerState {
     /// See [`MambaState`].
     Mamba(MambaState),
+    /// See [`AttentionState`].
+    Attention(AttentionState),
+    /// See [`ModalHyenaState`].
+    ModalHyena(ModalHyenaState),
     /// See [`RetentionState`].
     Retention(RetentionState),
     /// See [`HyenaState`].
@@ -173,6 +213,8 @@ impl MixerState {
     pub(crate) fn mixer(&self) -> &'static str {
         match self {
             Self::Mamba(_) => "mamba",
+            Self::Attention(_) => "attention",
+            Self::ModalHyena(_) => "modal_hyena",
             Self::Retention(_) => "retention",
             Self::Hyena(_) => "hyena",
         }
@@ -192,6 +234,13 @@ impl MixerState {
     ) -> Result<Option<Self>> {
         Ok(match mixer {
             "mamba" => Some(Self::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? })),
+            // the window comes from the layer, where the state is used
+            "attention" => {
+                Some(Self::Attention(AttentionState::new(get("k")?, get("v")?, positions.to_vec(), None)))
+            }
+            "modal_hyena" => {
+                Some(Self::ModalHyena(ModalHyenaState { short: get("short")?, filter: get("filter")? }))
+            }
             "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
             "hyena" => Some(Self::Hyena(HyenaState::from_tensors(get("conv")?, &get("past")?, positions)?)),
             _ => None,
@@ -204,6 +253,8 @@ macro_rules! each {
     ($self:expr, $state:ident => $call:expr) => {
         match $self {
             Self::Mamba($state) => $call,
+            Self::Attention($state) => $call,
+            Self::ModalHyena($state) => $call,
             Self::Retention($state) => $call,
             Self::Hyena($state) => $call,
         }
@@ -211,6 +262,8 @@ macro_rules! each {
     ($self:expr, $state:ident => $call:expr, wrapped) => {
         Ok(match $self {
             Self::Mamba($state) => Self::Mamba($call?),
+            Self::Attention($state) => Self::Attention($call?),
+            Self::ModalHyena($state) => Self::ModalHyena($call?),
             Self::Retention($state) => Self::Retention($call?),
             Self::Hyena($state) => Self::Hyena($call?),
         })
@@ -245,6 +298,8 @@ impl LayerState for MixerState {
     fn detach(&self) -> Self {
         match self {
             Self::Mamba(state) => Self::Mamba(state.detach()),
+            Self::Attention(state) => Self::Attention(state.detach()),
+            Self::ModalHyena(state) => Self::ModalHyena(state.detach()),
             Self::Retention(state) => Self::Retention(state.detach()),
             Self::Hyena(state) => Self::Hyena(state.detach()),
         }

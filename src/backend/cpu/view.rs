@@ -39,7 +39,9 @@ impl<'a> Held<'a> {
         let last = dims.len().saturating_sub(1);
         let used = 1 + dims.iter().zip(strides).map(|(&n, &s)| n.saturating_sub(1) * s).sum::<usize>();
         let used = if layout.shape().elem_count() == 0 { 0 } else { used };
-        let data = &data[layout.start_offset()..layout.start_offset() + used];
+        // an empty slice may begin behind the end of its data
+        let start = layout.start_offset().min(data.len());
+        let data = &data[start..start + used];
         Ok(Rows { data, dims: &dims[..last], strides: &strides[..last], width: *dims.last().unwrap_or(&1) })
     }
 }
@@ -64,6 +66,15 @@ impl<'a, E: Element> Rows<'a, E> {
             offset += i * stride;
         }
         &self.data[offset..offset + self.width]
+    }
+
+    /// The data from the row at `index` on, and how far apart the rows along dimension `along` lie; panics outside the
+    /// tensor.
+    pub(crate) fn from<const R: usize>(&self, index: [usize; R], along: usize) -> (&'a [E], usize) {
+        assert_eq!(R, self.dims.len());
+        assert!(index.iter().zip(self.dims).all(|(i, n)| i < n));
+        let offset: usize = index.iter().zip(self.strides).map(|(i, stride)| i * stride).sum();
+        (&self.data[offset..], self.strides[along])
     }
 
     /// The length of a row.

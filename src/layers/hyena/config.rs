@@ -3,9 +3,10 @@
 use crate::layers::parameter::check_sizes;
 use crate::layers::{Linear, Parameter};
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// The frequencies of the sines in an implicit filter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SineFrequency {
     /// One for each unit, the same in all layers, as published models have it.
     Shared,
@@ -14,7 +15,7 @@ pub enum SineFrequency {
 }
 
 /// A filter that a small network computes from the position.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImplicitFilter {
     /// Features of a position: time, and as many cosines and sines; odd, at least 3.
     pub emb_dim: usize,
@@ -50,7 +51,7 @@ impl Default for ImplicitFilter {
 }
 
 /// Where the long filters come from.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum HyenaFilter {
     /// A network.
     Implicit(ImplicitFilter),
@@ -59,7 +60,7 @@ pub enum HyenaFilter {
 }
 
 /// How the filters of all orders and channels are numbered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FilterOrder {
     /// All channels of an order together, `(o d)`: HyenaDNA standalone and in transformers.
     OrderFirst,
@@ -68,7 +69,7 @@ pub enum FilterOrder {
 }
 
 /// The sizes and options of a [`Hyena`](super::Hyena) layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HyenaConfig {
     /// Width of input and output, `D`.
     pub d_model: usize,

@@ -9,6 +9,8 @@
 //! Source: Mamba (Gu & Dao 2023, section 3.4); argument order of `causal_conv1d_fn` in the package causal-conv1d.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod grad;
 mod plan;
 mod reference;
@@ -47,6 +49,11 @@ pub struct CausalConv1d<'a> {
 /// Shapes or dtypes that do not fit, naming the argument.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<(Tensor, Tensor)> {
     let sizes = args.check()?;
+    #[cfg(feature = "cuda")]
+    if args.x.device().is_cuda() {
+        let filtered = cuda::on_cuda(args, sizes)?;
+        return filtered.map_or_else(|| causal_conv1d_reference(args), Ok);
+    }
     if !args.x.device().is_cpu() {
         return causal_conv1d_reference(args);
     }

@@ -12,6 +12,8 @@
 //! Source: Mamba (Gu & Dao 2023), equations 2a and 2b with section 3.6; `selective_scan_ref` of the package mamba-ssm.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod grad;
 mod plan;
 mod reference;
@@ -60,6 +62,11 @@ pub struct SelectiveScan<'a> {
 /// Shapes or dtypes that do not fit, naming the argument.
 pub fn selective_scan(args: &SelectiveScan) -> Result<(Tensor, Tensor)> {
     let sizes = args.check()?;
+    #[cfg(feature = "cuda")]
+    if args.u.device().is_cuda() {
+        let scanned = cuda::on_cuda(args, sizes)?;
+        return scanned.map_or_else(|| selective_scan_reference(args), Ok);
+    }
     if !args.u.device().is_cpu() {
         return selective_scan_reference(args);
     }

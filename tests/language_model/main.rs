@@ -1,40 +1,18 @@
 //! The streaming law for whole models, in logits, states and gradients: how tokens are cut into calls, packed and padded
 //! does not matter, nor whether a state lay on disk in between, nor whether activations are kept.
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod configs;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::{Random, assert_close, bits, rounding, values, weighted_sum};
+use configs::{VOCABULARY, configs};
 use subquadratic::autograd::backward;
-use subquadratic::layers::{LayerState, MambaState, MlpConfig};
-use subquadratic::models::{
-    Family, FeedForwardConfig, LanguageModel, MixerConfig, MixerState, ModelConfig, ModelState, NormConfig,
-};
+use subquadratic::layers::LayerState;
+use subquadratic::models::{LanguageModel, ModelConfig, ModelState};
 use subquadratic::ops::Segments;
-
-const VOCABULARY: usize = 23;
-
-/// A model of each family, with other options each.
-fn configs() -> [ModelConfig; 3] {
-    let config = |family, tied| {
-        let mut config = ModelConfig::mamba(10, 2, VOCABULARY);
-        (config.family, config.tie_embeddings) = (family, tied);
-        config
-    };
-    let mut falcon = config(Family::FalconMamba, false);
-    for block in &mut falcon.blocks {
-        let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
-        (mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.dt_rank) = (17, 3, 2, 2);
-        (mixer.bias, mixer.conv_bias, mixer.inner_norm_eps) = (true, false, Some(1e-3));
-    }
-    let mut original = config(Family::MambaOriginal, false);
-    let norm = NormConfig::Layer { eps: 1e-5 };
-    (original.vocab_multiple, original.final_norm, original.residual_in_fp32) = (8, Some(norm), false);
-    for block in &mut original.blocks {
-        (block.norm, block.mlp) = (norm, Some(FeedForwardConfig { norm, layer: MlpConfig::joint(10, 128) }));
-    }
-    [config(Family::Mamba, true), falcon, original]
-}
 
 /// A trainable model with weights of the size that training leaves.
 fn model(config: &ModelConfig, dtype: DType) -> LanguageModel {
@@ -56,13 +34,10 @@ fn ids(random: &mut Random, rows: usize, length: usize) -> Tensor {
 fn random_state(model: &LanguageModel, batch: usize, random: &mut Random) -> ModelState {
     let mut state = model.init_state(batch).unwrap();
     for block in &mut state.blocks {
-        let mut tensors = block.tensors().into_iter().map(|(_, x)| {
-            let leaf = (random.normal(x.shape()) * 0.5).unwrap().to_dtype(x.dtype()).unwrap();
-            Var::from_tensor(&leaf).unwrap().into_inner()
-        });
-        let (conv, scan) = (tensors.next().unwrap(), tensors.next().unwrap());
-        drop(tensors);
-        *block = MixerState::Mamba(MambaState { conv, scan });
+        for (_, tensor) in block.tensors_mut() {
+            let leaf = (random.normal(tensor.shape()) * 0.5).unwrap().to_dtype(tensor.dtype()).unwrap();
+            *tensor = Var::from_tensor(&leaf).unwrap().into_inner();
+        }
     }
     state
 }
@@ -236,12 +211,10 @@ fn packed_and_padded_rows_equal_bare_rows() {
             let ends: Vec<Tensor> =
                 (0..3).map(|b| tokens(&logits[b], lengths[b] - 1, 1).squeeze(1).unwrap()).collect();
             let mut joined = initial.clone();
-            for (i, block) in joined.blocks.iter_mut().enumerate() {
-                let cat = |part| {
-                    let rows: Vec<&Tensor> = states.iter().map(|state| &state[2 * i + part]).collect();
-                    Tensor::cat(&rows, 0).unwrap()
-                };
-                *block = MixerState::Mamba(MambaState { conv: cat(0), scan: cat(1) });
+            let places = joined.blocks.iter_mut().flat_map(LayerState::tensors_mut);
+            for (i, (_, tensor)) in places.enumerate() {
+                let rows: Vec<&Tensor> = states.iter().map(|state| &state[i]).collect();
+                *tensor = Tensor::cat(&rows, 0).unwrap();
             }
             let want = Outcome::of(&model, Some(&initial), Tensor::cat(&logits, 1).unwrap(), Some(&joined));
             for left in [true, false] {

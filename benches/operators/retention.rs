@@ -1,0 +1,76 @@
+//! Retention in every form, over lengths, and single steps through the state.
+
+use crate::support::{Bench, group, measure, measure_both, name};
+use candle_core::{DType, Tensor};
+use criterion::{Criterion, Throughput};
+use subquadratic::Result;
+use subquadratic::ops::{Form, Retention, retention};
+
+/// The parallel form takes minutes beyond so many tokens.
+const LONGEST_PARALLEL: usize = 4096;
+
+/// Sequences in each form, and steps.
+pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
+    let mut sequences = group(criterion, "retention");
+    let forms = [("", Form::Auto), ("-parallel", Form::Parallel), ("-recurrent", Form::Recurrent)];
+    for shape in bench.shapes("retention") {
+        let [b, t, h, k, v] = shape.sizes(["B", "T", "H", "K", "V"]);
+        for &dtype in bench.dtypes() {
+            let inputs = inputs(bench, [b, t, h, k, v], dtype)?;
+            for (suffix, form) in forms {
+                if form == Form::Parallel && t > LONGEST_PARALLEL {
+                    continue;
+                }
+                let id = format!("{}{suffix}/{}", shape.name, name(dtype));
+                let throughput = Throughput::Elements((b * t) as u64);
+                if form == Form::Auto {
+                    measure_both(&mut sequences, &id, throughput, &inputs, |x| Ok(run(x, None, form)?.0));
+                } else {
+                    measure(&mut sequences, format!("{id}/fwd"), throughput, &bench.device, || {
+                        run(&inputs, None, form)
+                    });
+                }
+            }
+        }
+    }
+    sequences.finish();
+
+    let mut step = group(criterion, "retention_step");
+    for shape in bench.shapes("retention_step") {
+        let [b, h, k, v] = shape.sizes(["B", "H", "K", "V"]);
+        for &dtype in bench.dtypes() {
+            let inputs = inputs(bench, [b, 1, h, k, v], dtype)?;
+            let state = bench.uniform(&[b, h, k, v], -1.0..1.0, DType::F32)?;
+            let id = format!("{}/{}/step", shape.name, name(dtype));
+            // the state is read and written
+            let throughput = Throughput::Bytes((2 * b * h * k * v * size_of::<f32>()) as u64);
+            measure(&mut step, id, throughput, &bench.device, || run(&inputs, Some(&state), Form::Auto));
+        }
+    }
+    step.finish();
+    Ok(())
+}
+
+/// q, k, v and RetNet's constant decays.
+fn inputs(bench: &mut Bench, [b, t, h, k, v]: [usize; 5], dtype: DType) -> Result<[Tensor; 4]> {
+    let decays: Vec<f32> = (0..h).map(|h| (-(2f32.powi(-5 - h as i32))).ln_1p()).collect();
+    Ok([
+        bench.uniform(&[b, t, h, k], -1.0..1.0, dtype)?,
+        bench.uniform(&[b, t, h, k], -1.0..1.0, dtype)?,
+        bench.uniform(&[b, t, h, v], -1.0..1.0, dtype)?,
+        Tensor::new(decays, &bench.device)?,
+    ])
+}
+
+fn run(inputs: &[Tensor], initial_state: Option<&Tensor>, form: Form) -> Result<(Tensor, Tensor)> {
+    retention(&Retention {
+        q: &inputs[0],
+        k: &inputs[1],
+        v: &inputs[2],
+        log_decay: &inputs[3],
+        scale: (inputs[0].dim(3)? as f64).powf(-0.5),
+        initial_state,
+        segments: None,
+        form,
+    })
+}

@@ -1,0 +1,179 @@
+// What lets the chunks of a scan run side by side, forward and backward, and the sums over blocks.
+//
+// selective_scan_summary / back_summary: grid as the scan's, without the chunk that hands nothing on. A chunk's own
+// contribution to the state behind it is a sum over its tokens with weights 2^(a R), R the steps in between: it is taken
+// from the chunk's end, and ends early once every weight is below 2^-48 (f32 keeps 2^-24). Where states decay within a
+// hundred tokens it costs little, at worst as many exponentials as the scan itself. 128 registers, no spills; one tile
+// ahead by asynchronous copies.
+// selective_scan_carry: one thread a number of the state goes through the chunks in order, 8 loads ahead.
+// The rest adds up shares in a fixed order. All of these are bound by memory.
+#include "common/scan_prepare.cuh"
+
+constexpr int BLOCKS_PER_MULTIPROCESSOR = 4;
+
+template <typename E, int SPLIT> struct SummaryMemory {
+    using T = Tile<E, SPLIT>;
+    E delta[2][T::SIZE], x[2][T::SIZE], z[2][T::SIZE], raw[2][CoefficientTile<E, SPLIT>::RAW];
+    float step[T::SIZE], input[T::SIZE], coefficient[TILE * STATES * SPLIT], bias[T::CHANNELS];
+    uint8_t marks[TILE];
+};
+
+// What a chunk hands on from a carried state of zero, and the sum of its steps, as far as weights are not negligible.
+//   FORWARD   h = sum_t 2^(a R_t) delta_t u_t B_t, R_t the sum of the steps behind t; walked from the end
+//   back      h = sum_t 2^(a S_t) dy_t C_t, S_t the sum of the steps up to and with t; walked from the beginning
+template <typename E, int SPLIT, bool FORWARD> __device__ void summary(const Scan &p) {
+    using T = Tile<E, SPLIT>;
+    extern __shared__ __align__(16) char bytes[];
+    auto &m = *reinterpret_cast<SummaryMemory<E, SPLIT> *>(bytes);
+    Place<SPLIT> at(p, FORWARD ? 0 : 1); // the last chunk hands nothing on
+    Lane<SPLIT> lane(at);
+    int n = p.states;
+    int64_t row_states = int64_t(p.channels) * n, chunk = int64_t(at.row) * at.chunks + at.chunk;
+    float a[PAIR][STATES], h[PAIR][STATES] = {}, slowest[PAIR] = {-INFINITY, -INFINITY}, sum[PAIR] = {0.0f, 0.0f};
+    lane.load(a, p.a, n, LOG2E);
+#pragma unroll
+    for (int k = 0; k < PAIR; ++k)
+#pragma unroll
+        for (int i = 0; i < STATES; ++i)
+            if (k < lane.live && lane.part * STATES + i < n) slowest[k] = fmaxf(slowest[k], a[k][i]);
+    load_bias(p, at, m.bias);
+    T own(at);
+    CoefficientTile<E, SPLIT> coefficient(FORWARD ? p.b : p.c, at, n, p.aligned_coefficients, 0);
+    auto fetch = [&](int buffer, int start) {
+        own.fetch(m.delta[buffer], p.delta, at, start, p.aligned);
+        own.fetch(m.x[buffer], FORWARD ? p.u : p.dy, at, start, p.aligned);
+        if (!FORWARD && p.z.data) own.fetch(m.z[buffer], p.z, at, start, p.aligned);
+        coefficient.fetch(m.raw[buffer], at, start);
+        commit_copies();
+    };
+    int tiles = (at.end - at.begin + TILE - 1) / TILE, buffer = 0;
+    auto beginning = [&](int i) { return at.begin + (FORWARD ? tiles - 1 - i : i) * TILE; };
+    fetch(0, beginning(0));
+    bool reset = false;
+    for (int i = 0; i < tiles && !reset; ++i, buffer ^= 1) {
+        int start = beginning(i);
+        bool found = load_marks(p, at, m.marks, start);
+        wait_copies<0>();
+        reset = __syncthreads_or(found);
+        if (i + 1 < tiles) fetch(buffer ^ 1, beginning(i + 1));
+        coefficient.widen_tile(m.coefficient, m.raw[buffer], at, start);
+        prepare<E, SPLIT>(p, at, own, m.x[buffer], m.delta[buffer], m.z[buffer], m.x[buffer], m.step,
+                          FORWARD ? m.input : nullptr, FORWARD ? nullptr : m.input, m.bias, m.marks, start);
+        __syncthreads();
+#pragma unroll 4
+        for (int j = 0; j < TILE; ++j) {
+            int t = FORWARD ? TILE - 1 - j : j;
+            bool first = reset && m.marks[t] == START;
+            if (!FORWARD && first) break;
+            float ct[STATES];
+            load_states(ct, m.coefficient + t * STATES * SPLIT + lane.part * STATES);
+            float2 delta = reinterpret_cast<const float2 *>(m.step + t * T::CHANNELS)[lane.pair];
+            float2 x = reinterpret_cast<const float2 *>(m.input + t * T::CHANNELS)[lane.pair];
+            if (!FORWARD) sum[0] += delta.x, sum[1] += delta.y;
+#pragma unroll
+            for (int k = 0; k < STATES; ++k) {
+                h[0][k] = fmaf(exp2_fast(sum[0] * a[0][k]), x.x * ct[k], h[0][k]);
+                h[1][k] = fmaf(exp2_fast(sum[1] * a[1][k]), x.y * ct[k], h[1][k]);
+            }
+            if (FORWARD) sum[0] += delta.x, sum[1] += delta.y;
+            if (FORWARD && first) break;
+        }
+        bool over = true;
+#pragma unroll
+        for (int k = 0; k < PAIR; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE);
+        if (__syncthreads_and(over)) break;
+    }
+    wait_copies<0>();
+    lane.store(p.carried + chunk * row_states, h, n);
+    // a chunk in which a sequence begins hands nothing on
+#pragma unroll
+    for (int k = 0; k < PAIR; ++k)
+        if (lane.part == 0 && k < lane.live) p.span[chunk * p.channels + lane.channel + k] = reset ? -1.0f : sum[k];
+}
+
+// From the ends of the chunks to the states before them (behind them, going back), in place. A negative span cuts.
+extern "C" __global__ void selective_scan_carry(float *carried, const float *span, const float *a, const float *initial,
+                                                int batch, int chunks, int channels, int states, int back) {
+    int64_t size = int64_t(channels) * states, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    int row = blockIdx.y, channel = i / states;
+    float decay = LOG2E * a[i];
+    float h = initial ? initial[row * size + i] : 0.0f;
+    constexpr int AHEAD = 8;
+    for (int first = 0; first < chunks; first += AHEAD) {
+        float end[AHEAD], rest[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            int k = back ? chunks - 1 - first - j : first + j;
+            if (first + j + 1 < chunks) {
+                end[j] = carried[(int64_t(row) * chunks + k) * size + i];
+                rest[j] = span[(int64_t(row) * chunks + k) * channels + channel];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            int k = back ? chunks - 1 - first - j : first + j;
+            if (first + j < chunks) {
+                carried[(int64_t(row) * chunks + k) * size + i] = h;
+                if (first + j + 1 < chunks) h = rest[j] < 0.0f ? end[j] : fmaf(exp2_fast(decay * rest[j]), h, end[j]);
+            }
+        }
+    }
+}
+
+// dB or dC [B, L, G, N] from the shares of the blocks, in their order: `per` blocks a group, `side` 0 for dB, N for dC.
+template <typename E>
+__device__ void reduce_coefficients(void *out, const float *sums, int per, int side, int64_t tokens, int n, int groups) {
+    int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= tokens * n) return;
+    int64_t token = i / n;
+    int k = i % n, group = blockIdx.y;
+    const float *from = sums + int64_t(group) * per * tokens * 2 * n + token * 2 * n + side + k;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int j = 0; j < per; ++j) sum += from[j * tokens * 2 * n];
+    static_cast<E *>(out)[(token * groups + group) * n + k] = narrow<E>(sum);
+}
+
+// dB or dC [D, N] where constant in time, from the shares of the channels' blocks: grid (N, D), a block adds up one.
+template <typename E> __device__ void reduce_constant(void *out, const float *sums, int side, int64_t tokens, int n) {
+    __shared__ float shares[THREADS];
+    const float *from = sums + blockIdx.y * tokens * 2 * n + side + blockIdx.x;
+    float sum = 0.0f;
+    for (int64_t t = threadIdx.x; t < tokens; t += THREADS) sum += from[t * 2 * n];
+    shares[threadIdx.x] = sum;
+    for (int step = THREADS / 2; step > 0; step /= 2) {
+        __syncthreads();
+        if (threadIdx.x < step) shares[threadIdx.x] += shares[threadIdx.x + step];
+    }
+    if (threadIdx.x == 0) static_cast<E *>(out)[blockIdx.y * n + blockIdx.x] = narrow<E>(shares[0]);
+}
+
+// out[i] = sum_j shares[j, i], in order.
+extern "C" __global__ void selective_scan_sum(float *out, const float *shares, int64_t size, int count) {
+    int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int j = 0; j < count; ++j) sum += shares[j * size + i];
+    out[i] = sum;
+}
+
+#define REDUCE(E)                                                                                                       \
+    extern "C" __global__ void selective_scan_coefficients_##E(void *out, const float *sums, int per, int side,         \
+                                                               int64_t tokens, int n, int groups) {                     \
+        reduce_coefficients<E>(out, sums, per, side, tokens, n, groups);                                                \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_constant_##E(                                  \
+        void *out, const float *sums, int side, int64_t tokens, int n) {                                                \
+        reduce_constant<E>(out, sums, side, tokens, n);                                                                 \
+    }
+REDUCE(float)
+REDUCE(bf16)
+REDUCE(f16)
+
+template <typename E, int SPLIT> __device__ void summary_forward(const Scan &p) { summary<E, SPLIT, true>(p); }
+template <typename E, int SPLIT> __device__ void summary_back(const Scan &p) { summary<E, SPLIT, false>(p); }
+
+SCAN_KERNELS(selective_scan_summary, summary_forward, SummaryMemory, BLOCKS_PER_MULTIPROCESSOR)
+SCAN_KERNELS(selective_scan_back_summary, summary_back, SummaryMemory, BLOCKS_PER_MULTIPROCESSOR)

@@ -1,0 +1,23 @@
+//! CUDA: embedded kernels, loaded once for each device; tensors as kernels see them; launches.
+//!
+//! Everything runs on the stream of candle's device, in its order. A tensor's guard is held until the kernel that uses
+//! it is in the stream.
+
+mod element;
+mod launch;
+mod module;
+mod view;
+
+pub(crate) use element::Element;
+pub(crate) use launch::{Argument, Launch, Packed, multiprocessors};
+pub(crate) use module::Module;
+pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_stride};
+
+use candle_core::cuda_backend::CudaError;
+use candle_core::cuda_backend::cudarc::driver::DriverError;
+
+/// The driver's error with what was being done.
+pub(crate) fn failed(what: &str, error: DriverError) -> crate::Error {
+    let error = CudaError::Load { cuda: error, module_name: what.to_string() };
+    crate::Error::Candle(candle_core::Error::Cuda(Box::new(error)))
+}

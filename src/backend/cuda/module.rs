@@ -1,0 +1,87 @@
+//! The compiled kernels: one module for each .cu, loaded at its first use on a device and kept.
+
+use super::failed;
+use crate::Result;
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, sys};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// A file of `kernels/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Module {
+    ScanForward,
+    ScanBackward,
+    ScanCarry,
+    ScanStep,
+    CausalConv1d,
+    Norm,
+}
+
+macro_rules! embedded {
+    ($name:literal) => {
+        ($name, include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")))
+    };
+}
+
+impl Module {
+    fn image(self) -> (&'static str, &'static [u8]) {
+        match self {
+            Self::ScanForward => embedded!("selective_scan_fwd"),
+            Self::ScanBackward => embedded!("selective_scan_bwd"),
+            Self::ScanCarry => embedded!("selective_scan_carry"),
+            Self::ScanStep => embedded!("selective_scan_step"),
+            Self::CausalConv1d => embedded!("causal_conv1d"),
+            Self::Norm => embedded!("norm"),
+        }
+    }
+}
+
+/// A kernel, and the dynamic shared memory its blocks need.
+#[derive(Clone, Debug)]
+pub(super) struct Kernel {
+    pub(super) function: CudaFunction,
+    pub(super) memory: u32,
+}
+
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<(usize, Module), Arc<CudaModule>>,
+    kernels: HashMap<(usize, String), Kernel>,
+}
+
+/// Kernel `name` of `module` on a device. Where the module has a constant `<name>_memory`, that is its dynamic shared
+/// memory.
+pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str) -> Result<Kernel> {
+    static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
+    let mut loaded = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let stream = device.cuda_stream();
+    let ordinal = stream.context().ordinal();
+    if let Some(kernel) = loaded.kernels.get(&(ordinal, name.to_string())) {
+        return Ok(kernel.clone());
+    }
+    let own = match loaded.modules.get(&(ordinal, module)) {
+        Some(module) => module.clone(),
+        None => {
+            let (file, image) = module.image();
+            let what =
+                format!("kernels/{file}.cu (is the driver older than the CUDA toolkit it was built with?)");
+            let own = stream.context().load_module(Ptx::from_binary(image.to_vec()));
+            let own = own.map_err(|error| failed(&what, error))?;
+            loaded.modules.insert((ordinal, module), own.clone());
+            own
+        }
+    };
+    let function = own.load_function(name).map_err(|error| failed(name, error))?;
+    let mut memory = 0;
+    if let Ok(constant) = own.get_global(&format!("{name}_memory"), &stream) {
+        let bytes = stream.clone_dtoh(&constant).map_err(|error| failed(name, error))?;
+        memory = bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+        let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(most, memory as i32).map_err(|error| failed(name, error))?;
+    }
+    let kernel = Kernel { function, memory };
+    loaded.kernels.insert((ordinal, name.to_string()), kernel.clone());
+    Ok(kernel)
+}

@@ -1,0 +1,66 @@
+//! The forward pass.
+
+use super::call::{Launcher, Locks, contiguous};
+use super::plan::{TILE, step};
+use super::{Plan, Prepared, name};
+use crate::Result;
+use crate::backend::cuda::{Buffer, Element, Guards, Module, Packed, device_of};
+use crate::ops::selective_scan::Sizes;
+
+/// What a forward pass leaves.
+pub(super) struct Scanned<E: Element> {
+    /// `[B, L, D]`
+    pub(super) y: Buffer<E>,
+    /// `[B, D, N]`
+    pub(super) state: Buffer<f32>,
+    /// The states before every tile, `[B, tiles, D, N]`, where asked for.
+    pub(super) kept: Option<Buffer<f32>>,
+}
+
+/// Scans; keeps the states before the tiles where asked.
+pub(super) fn forward<E: Element>(
+    prepared: &Prepared,
+    sizes: &Sizes,
+    plan: &Plan,
+    keep: bool,
+) -> Result<Scanned<E>> {
+    let Sizes { batch, length, channels, states, .. } = *sizes;
+    let device = &device_of(&prepared.u)?;
+    let stream = device.cuda_stream();
+    let numbers = batch * channels * states;
+    let mut y = Buffer::<E>::new(device, batch * length * channels)?;
+    let mut state = Buffer::<f32>::new(device, numbers)?;
+    let mut kept = match keep {
+        true => Some(Buffer::<f32>::new(device, numbers * length.div_ceil(TILE))?),
+        false => None,
+    };
+    let cut = plan.chunks > 1;
+    let mut carried = Buffer::<f32>::new(device, if cut { numbers * plan.chunks } else { 1 })?;
+    let mut span = Buffer::<f32>::new(device, if cut { batch * plan.chunks * channels } else { 1 })?;
+    let locks = Locks::new(&prepared.args(), prepared.marks.as_ref(), None);
+    {
+        let guards = &mut Guards::default();
+        let mut scan = locks.scan::<E>(sizes, plan, prepared.softplus, device, &stream, guards)?;
+        scan.y = contiguous(y.pointer(&stream, guards), sizes);
+        scan.state = state.pointer(&stream, guards);
+        scan.kept = kept.as_mut().map_or(0, |kept| kept.pointer(&stream, guards));
+        let launch = Launcher { what: &name(sizes), device, sizes, plan };
+        // SAFETY: `Locks` gives pointers and steps of tensors whose shapes were checked, and the buffers have the sizes
+        // that the kernels fill.
+        unsafe {
+            if let (Some((split, [columns, rows])), false) = (step(sizes), keep) {
+                let kernel = format!("selective_scan_step_{}_{split}", E::NAME);
+                launch.plain(Module::ScanStep, &kernel, [columns, rows, 1], &[&Packed(scan)])?;
+            } else {
+                if cut {
+                    scan.carried = carried.pointer(&stream, guards);
+                    scan.span = span.pointer(&stream, guards);
+                    launch.scan::<E>(Module::ScanCarry, "selective_scan_summary", scan, plan.chunks - 1)?;
+                    launch.carry(&scan, scan.initial, false)?;
+                }
+                launch.scan::<E>(Module::ScanForward, "selective_scan_fwd", scan, plan.chunks)?;
+            }
+        }
+    }
+    Ok(Scanned { y, state, kept })
+}
