@@ -199,7 +199,9 @@ impl<T: Real> Fft<T> {
         let size = self.stages[small].size;
         for block in 0..self.points / size {
             let start = block * size;
-            for stage in self.stages[..small].iter().filter(|stage| L::FORWARD && start % stage.size == 0) {
+            for stage in
+                self.stages[..small].iter().filter(|stage| L::FORWARD && start.is_multiple_of(stage.size))
+            {
                 // SAFETY: the residue that begins at `start` lies within the data.
                 unsafe { stage.run::<S, true>(s, data, start / stage.size) };
             }
@@ -220,8 +222,10 @@ impl<T: Real> Fft<T> {
                 }
             }
             let end = start + size;
-            for stage in
-                self.stages[..small].iter().rev().filter(|stage| L::BACKWARD && end % stage.size == 0)
+            for stage in self.stages[..small]
+                .iter()
+                .rev()
+                .filter(|stage| L::BACKWARD && end.is_multiple_of(stage.size))
             {
                 // SAFETY: as above.
                 unsafe { stage.run::<S, false>(s, data, end / stage.size - 1) };
