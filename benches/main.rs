@@ -31,6 +31,7 @@ fn main() -> subquadratic::Result<()> {
     operators::retention::all(&mut criterion, &mut bench)?;
     operators::norm::all(&mut criterion, &mut bench)?;
     operators::linear::all(&mut criterion, &mut bench)?;
+    operators::long_conv::all(&mut criterion, &mut bench)?;
     mamba::layer(&mut criterion, &mut bench)?;
     mamba::model(&mut criterion, &mut bench)?;
     criterion.final_summary();

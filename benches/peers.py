@@ -51,7 +51,10 @@ TASKS = {
     "ret256-fwd": ("retention B1 T4096 H8 K256 V512, forward", "ms", ["fla", "torchscale"]),
     "ret256-fwdbwd": ("retention B1 T4096 H8 K256 V512, forward + backward", "ms", ["fla", "torchscale"]),
 }
-TITLES = {"naive": "torch time loop"}
+for length in ("1k", "4k", "16k", "128k"):
+    for part, name in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
+        TASKS[f"conv_{length}-{part}"] = (f"long convolution, gated, B1 D256 L{length}, {name}", "ms", ["rfft"])
+TITLES = {"naive": "torch time loop", "rfft": "torch rfft"}
 
 
 def main():
@@ -131,7 +134,7 @@ def install(options, wanted, missing):
         call([*build, python, "-m", "pip", "install", "-q", *PYTHON["torch"]])
         if not (model / "model.safetensors").exists():
             call([*build, python, HERE / "peers" / "torch_peers.py", "make", model])
-        for peer in ("transformers", "mambapy", "naive"):
+        for peer in ("transformers", "mambapy", "naive", "rfft"):
             commands[peer] = worker(python, HERE / "peers" / "torch_peers.py", peer)
     except (subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"PyTorch and transformers make the model that all are measured on: {reason(error)}")
@@ -192,12 +195,13 @@ def ours(options, model, task):
         result = json.loads(call([*options.time_with, *map(str, command)], cwd=ROOT).splitlines()[-1])
         rate = result["prefill_tok_s" if kind == "prefill" else "decode_tok_s"]
         return {"seconds": [1 / rate], "tokens": 1, "peak_bytes": result["peak_bytes"]}
-    group, shape = {
+    places = {
         "block": ("mamba", "cpu-130m-block"),
         "scan": ("selective_scan", "cpu-130m"),
         "ret64": ("retention", "cpu-k64"),
         "ret256": ("retention", "cpu-k256"),
-    }[kind]
+    }
+    group, shape = places.get(kind) or ("long_conv", kind.replace("conv_", "cpu-"))
     part = {"fwd": "fwd", "fwdbwd": "fwd_bwd"}[detail]
     home = options.work / "criterion"
     environment = {**os.environ, "CRITERION_HOME": str(home)}

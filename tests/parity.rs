@@ -11,7 +11,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 20] = [
+const FIXTURES: [&str; 23] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -32,6 +32,9 @@ const FIXTURES: [&str; 20] = [
     "retnet-fla-groups",
     "retnet-fla-plain",
     "retnet-fla-conv",
+    "hyenadna",
+    "hyenadna-order3",
+    "hyenadna-training",
 ];
 
 /// Those made by make_striped.py.

@@ -1,4 +1,5 @@
-"""The PyTorch peers: transformers, mambapy, a selective scan as a plain loop over time, fla's and torchscale's retention.
+"""The PyTorch peers: transformers, mambapy, a selective scan as a plain loop over time, retention of fla and torchscale,
+a long convolution by rfft.
 
 usage: torch_peers.py PEER TASK MODEL_DIR SECONDS      (peers.py calls this; the last line printed is JSON)
        torch_peers.py make MODEL_DIR                   (writes the random model all peers load)
@@ -179,6 +180,18 @@ def torchscale_retention():
     return run
 
 
+def rfft_convolution(x, k, d, pre_gate, post_gate):
+    """As safari's reference has it, channels before time: two transforms of twice the length, one back."""
+    v, size = x * pre_gate, 2 * x.shape[-1]
+    y = torch.fft.irfft(torch.fft.rfft(v, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : x.shape[-1]]
+    return post_gate * (y + v * d[:, None])
+
+
+def convolution_inputs(length):
+    rows = lambda: torch.randn(1, 256, length)
+    return [rows(), 0.1 * torch.randn(256, length), torch.randn(256), rows(), rows()]
+
+
 def differentiated(run, inputs):
     """Forward alone on plain tensors, and forward with the gradients of everything."""
     def backward():
@@ -189,14 +202,19 @@ def differentiated(run, inputs):
     return backward
 
 
+def operator(peer, kind):
+    """What computes the operator of a task, and its arguments."""
+    if kind == "scan":
+        return {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
+    if kind in RETENTIONS:
+        return fla_retention if peer == "fla" else torchscale_retention(), retention_inputs(kind)
+    return rfft_convolution, convolution_inputs(1024 * int(kind[len("conv_"):-1]))
+
+
 def measure(peer, task, directory, seconds):
     kind, _, detail = task.partition("-")
-    if kind == "scan" or kind in RETENTIONS:
-        if kind == "scan":
-            run, inputs = {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
-        else:
-            run = fla_retention if peer == "fla" else torchscale_retention()
-            inputs = retention_inputs(kind)
+    if kind == "scan" or kind in RETENTIONS or kind.startswith("conv_"):
+        run, inputs = operator(peer, kind)
         if detail == "fwd":
             with torch.no_grad():
                 return {"seconds": repeat(lambda: run(*inputs), seconds)}

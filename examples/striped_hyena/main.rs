@@ -11,6 +11,9 @@
 mod common {
     pub mod cli;
     pub mod curve;
+    pub mod dna;
+    pub mod form;
+    pub mod memory;
     pub mod program;
     pub mod run;
     pub mod sample;
@@ -33,7 +36,16 @@ fn main() -> ExitCode {
     let family = Family {
         name: "striped_hyena",
         config,
-        defaults: Settings { hidden: 192, layers: 4, batch: 16, length: 128, lr: 3e-3, text: None },
+        carry: false,
+        defaults: Settings {
+            hidden: 192,
+            layers: 4,
+            batch: 16,
+            length: 128,
+            lr: 3e-3,
+            text: None,
+            fasta: None,
+        },
     };
     common::cli::run(|arguments| program::run(&family, &arguments))
 }

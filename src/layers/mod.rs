@@ -8,6 +8,7 @@
 //! change its outputs, its final state or its gradients.
 
 pub mod attention;
+pub mod hyena;
 mod linear;
 pub mod mamba;
 mod mlp;
@@ -18,6 +19,7 @@ pub mod retention;
 pub(crate) mod state;
 
 pub use attention::{Attention, AttentionConfig, AttentionState};
+pub use hyena::{Hyena, HyenaConfig, HyenaState};
 pub use mamba::{Mamba, MambaConfig, MambaState};
 pub use mlp::{Mlp, MlpConfig, MlpGate};
 pub use modal_hyena::{ModalHyena, ModalHyenaConfig, ModalHyenaState};

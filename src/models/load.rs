@@ -94,6 +94,19 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
             wrong.push(format!("{name}: expected the values that follow from the config, {values:.6?}"));
         }
     }
+    let mut shared: Vec<(String, String)> =
+        names.keys().filter_map(|own| Some((own.clone(), config.family.shared(own)?))).collect();
+    shared.sort();
+    for (own, parameter) in shared {
+        let Some(name) = names.remove(&own) else { continue };
+        match names.get(&parameter) {
+            Some(first) if !files.same(&name, first)? => {
+                wrong.push(format!("{name}: expected the values of {first}, which it shares"));
+            }
+            Some(_) => {}
+            None => drop(names.insert(parameter, name)),
+        }
+    }
     let parameters = config.parameters();
     // a tied head may be stored too, or alone, but must be the embedding
     match (head, names.get(EMBEDDING)) {

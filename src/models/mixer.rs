@@ -2,8 +2,9 @@
 
 use super::Form;
 use crate::layers::{
-    Attention, AttentionConfig, AttentionState, LayerState, Mamba, MambaConfig, MambaState, ModalHyena,
-    ModalHyenaConfig, ModalHyenaState, MultiScaleRetention, Parameter, RetentionConfig, RetentionState,
+    Attention, AttentionConfig, AttentionState, Hyena, HyenaConfig, HyenaState, LayerState, Mamba,
+    MambaConfig, MambaState, ModalHyena, ModalHyenaConfig, ModalHyenaState, MultiScaleRetention, Parameter,
+    RetentionConfig, RetentionState,
 };
 use crate::ops::Segments;
 use crate::{Error, Result};
@@ -25,6 +26,8 @@ pub enum MixerConfig {
     ModalHyena(ModalHyenaConfig),
     /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
     Retention(RetentionConfig),
+    /// [`layers::Hyena`](crate::layers::Hyena)
+    Hyena(HyenaConfig),
 }
 
 impl MixerConfig {
@@ -35,6 +38,7 @@ impl MixerConfig {
             Self::Attention(config) => config.parameters(),
             Self::ModalHyena(config) => config.parameters(),
             Self::Retention(config) => config.parameters(),
+            Self::Hyena(config) => config.parameters(),
         }
     }
 
@@ -44,6 +48,15 @@ impl MixerConfig {
             Self::Attention(config) => config.d_model,
             Self::ModalHyena(config) => config.d_model,
             Self::Retention(config) => config.d_model,
+            Self::Hyena(config) => config.d_model,
+        }
+    }
+
+    /// The most tokens of a sequence, if there is a limit.
+    pub(crate) fn longest(&self) -> Option<usize> {
+        match self {
+            Self::Hyena(config) => Some(config.l_max),
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Retention(_) => None,
         }
     }
 
@@ -53,6 +66,7 @@ impl MixerConfig {
             Self::Attention(config) => config.validate(),
             Self::ModalHyena(config) => config.validate(),
             Self::Retention(config) => config.validate(),
+            Self::Hyena(config) => config.validate(),
         }
     }
 
@@ -70,6 +84,12 @@ impl MixerConfig {
             Self::Retention(c) => {
                 format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
             }
+            Self::Hyena(c) => {
+                format!(
+                    "hyena d_model {} order {} l_max {} taps {}",
+                    c.d_model, c.order, c.l_max, c.short_filter
+                )
+            }
         }
     }
 
@@ -80,6 +100,7 @@ impl MixerConfig {
             Self::Attention(config) => config.init(rng, residual_scale),
             Self::ModalHyena(config) => ModalHyena::init(config, rng, residual_scale),
             Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
+            Self::Hyena(config) => Hyena::init(config, rng, residual_scale),
         }
     }
 }
@@ -91,6 +112,7 @@ pub(crate) enum Mixer {
     Attention(Attention),
     ModalHyena(ModalHyena),
     Retention(MultiScaleRetention),
+    Hyena(Hyena),
 }
 
 impl Mixer {
@@ -100,6 +122,7 @@ impl Mixer {
             MixerConfig::Attention(config) => Self::Attention(Attention::new(config, vb)?),
             MixerConfig::ModalHyena(config) => Self::ModalHyena(ModalHyena::new(config, vb)?),
             MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
+            MixerConfig::Hyena(config) => Self::Hyena(Hyena::new(config, vb)?),
         })
     }
 
@@ -127,6 +150,10 @@ impl Mixer {
             (Self::Retention(mixer), Some(MixerState::Retention(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
+            (Self::Hyena(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Hyena(mixer), Some(MixerState::Hyena(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
             (mixer, Some(state)) => {
                 let expected = format!("one of {}", mixer.name());
                 Err(Error::value("state", expected, format!("one of {}", state.mixer())))
@@ -141,13 +168,14 @@ impl Mixer {
             Self::Attention(mixer) => MixerState::Attention(mixer.init_state(batch)?),
             Self::ModalHyena(mixer) => MixerState::ModalHyena(mixer.init_state(batch)?),
             Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
+            Self::Hyena(mixer) => MixerState::Hyena(mixer.init_state(batch)?),
         })
     }
 
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
     pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         match self {
-            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) => Ok(false),
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Hyena(_) => Ok(false),
             Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
         }
     }
@@ -159,6 +187,7 @@ impl Mixer {
             Self::Attention(_) => "attention",
             Self::ModalHyena(_) => "modal_hyena",
             Self::Retention(_) => "retention",
+            Self::Hyena(_) => "hyena",
         }
     }
 }
@@ -175,6 +204,8 @@ pub enum MixerState {
     ModalHyena(ModalHyenaState),
     /// See [`RetentionState`].
     Retention(RetentionState),
+    /// See [`HyenaState`].
+    Hyena(HyenaState),
 }
 
 impl MixerState {
@@ -185,7 +216,13 @@ impl MixerState {
             Self::Attention(_) => "attention",
             Self::ModalHyena(_) => "modal_hyena",
             Self::Retention(_) => "retention",
+            Self::Hyena(_) => "hyena",
         }
+    }
+
+    /// Whether its tensors are all of it.
+    pub(crate) fn is_tensors(&self) -> bool {
+        !matches!(self, Self::Hyena(_))
     }
 
     /// The state of the mixer that goes by that name, from its tensors and the tokens each row has had; none if there
@@ -205,45 +242,78 @@ impl MixerState {
                 Some(Self::ModalHyena(ModalHyenaState { short: get("short")?, filter: get("filter")? }))
             }
             "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
+            "hyena" => Some(Self::Hyena(HyenaState::from_tensors(get("conv")?, &get("past")?, positions)?)),
             _ => None,
         })
     }
 }
 
+/// The same call on whichever state it is.
+macro_rules! each {
+    ($self:expr, $state:ident => $call:expr) => {
+        match $self {
+            Self::Mamba($state) => $call,
+            Self::Attention($state) => $call,
+            Self::ModalHyena($state) => $call,
+            Self::Retention($state) => $call,
+            Self::Hyena($state) => $call,
+        }
+    };
+    ($self:expr, $state:ident => $call:expr, wrapped) => {
+        Ok(match $self {
+            Self::Mamba($state) => Self::Mamba($call?),
+            Self::Attention($state) => Self::Attention($call?),
+            Self::ModalHyena($state) => Self::ModalHyena($call?),
+            Self::Retention($state) => Self::Retention($call?),
+            Self::Hyena($state) => Self::Hyena($call?),
+        })
+    };
+}
+
 impl LayerState for MixerState {
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors(),
-            Self::Attention(state) => state.tensors(),
-            Self::ModalHyena(state) => state.tensors(),
-            Self::Retention(state) => state.tensors(),
-        }
+        each!(self, state => state.tensors())
     }
 
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors_mut(),
-            Self::Attention(state) => state.tensors_mut(),
-            Self::ModalHyena(state) => state.tensors_mut(),
-            Self::Retention(state) => state.tensors_mut(),
-        }
+        each!(self, state => state.tensors_mut())
+    }
+
+    fn saved(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        each!(self, state => state.saved())
+    }
+
+    fn is_tracked(&self) -> bool {
+        each!(self, state => state.is_tracked())
     }
 
     fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
-        match self {
-            Self::Mamba(state) => state.positions_mut(),
-            Self::Attention(state) => state.positions_mut(),
-            Self::ModalHyena(state) => state.positions_mut(),
-            Self::Retention(state) => state.positions_mut(),
-        }
+        each!(self, state => state.positions_mut())
     }
 
     fn reset(&mut self) -> Result<()> {
+        each!(self, state => state.reset())
+    }
+
+    fn detach(&self) -> Self {
         match self {
-            Self::Mamba(state) => state.reset(),
-            Self::Attention(state) => state.reset(),
-            Self::ModalHyena(state) => state.reset(),
-            Self::Retention(state) => state.reset(),
+            Self::Mamba(state) => Self::Mamba(state.detach()),
+            Self::Attention(state) => Self::Attention(state.detach()),
+            Self::ModalHyena(state) => Self::ModalHyena(state.detach()),
+            Self::Retention(state) => Self::Retention(state.detach()),
+            Self::Hyena(state) => Self::Hyena(state.detach()),
         }
+    }
+
+    fn select(&self, rows: &[usize]) -> Result<Self> {
+        each!(self, state => state.select(rows), wrapped)
+    }
+
+    fn batch(&self) -> usize {
+        each!(self, state => state.batch())
+    }
+
+    fn bytes(&self) -> usize {
+        each!(self, state => state.bytes())
     }
 }

@@ -59,6 +59,6 @@ impl ModelConfig {
 
 /// Heads of at most [`HEAD`] channels, an even number of them.
 fn heads(hidden_size: usize) -> usize {
-    let fits = |heads: &usize| hidden_size % heads == 0 && (hidden_size / heads) % 2 == 0;
+    let fits = |heads: &usize| hidden_size.is_multiple_of(*heads) && (hidden_size / heads).is_multiple_of(2);
     (hidden_size.div_ceil(HEAD).max(1)..=hidden_size).find(fits).unwrap_or(1)
 }

@@ -22,6 +22,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) kernel: &'a str,
     pub(crate) grid: [usize; 3],
     pub(crate) threads: u32,
+    /// Whether the kernel's blocks ask for shared memory at launch.
+    pub(crate) dynamic: bool,
 }
 
 impl Launch<'_> {
@@ -30,7 +32,7 @@ impl Launch<'_> {
     /// # Safety
     /// The arguments are the kernel's, in order and type, and every place it reads or writes exists.
     pub(crate) unsafe fn run(&self, arguments: &[&dyn Argument]) -> Result<()> {
-        let kernel = module::kernel(self.device, self.module, self.kernel)?;
+        let kernel = module::kernel(self.device, self.module, self.kernel, self.dynamic)?;
         let stream = self.device.cuda_stream();
         let mut launch = stream.launch_builder(&kernel.function);
         for argument in arguments {

@@ -51,9 +51,9 @@ struct Loaded {
     kernels: HashMap<(usize, String), Kernel>,
 }
 
-/// Kernel `name` of `module` on a device. Where the module has a constant `<name>_memory`, that is its dynamic shared
-/// memory.
-pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str) -> Result<Kernel> {
+/// Kernel `name` of `module` on a device. Where it is `dynamic`, the module's constant `<name>_memory` is the shared memory
+/// that its blocks ask for at launch.
+pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str, dynamic: bool) -> Result<Kernel> {
     static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
     let mut loaded = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     let stream = device.cuda_stream();
@@ -75,7 +75,9 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str) -> Result<
     };
     let function = own.load_function(name).map_err(|error| failed(name, error))?;
     let mut memory = 0;
-    if let Ok(constant) = own.get_global(&format!("{name}_memory"), &stream) {
+    if dynamic {
+        let constant =
+            own.get_global(&format!("{name}_memory"), &stream).map_err(|error| failed(name, error))?;
         let bytes = stream.clone_dtoh(&constant).map_err(|error| failed(name, error))?;
         memory = bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

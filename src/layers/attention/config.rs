@@ -126,7 +126,7 @@ impl AttentionConfig {
                 return Err(Error::value(format!("attention: {name}"), "1 to 2^32 - 1", size));
             }
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let expected = format!("a divisor of heads = {}", self.heads);
             return Err(Error::value("attention: kv_heads", expected, self.kv_heads));
         }
@@ -135,7 +135,7 @@ impl AttentionConfig {
             return Err(Error::value("attention: kv_heads", expected, self.kv_heads));
         }
         if let Some(rotary) = &self.rotary {
-            if self.head_dim % 2 != 0 {
+            if !self.head_dim.is_multiple_of(2) {
                 return Err(Error::value("attention: head_dim", "an even number", self.head_dim));
             }
             for (name, x) in [("base", rotary.base), ("scaling", rotary.scaling)] {

@@ -159,7 +159,7 @@ impl ModalHyenaConfig {
             }
         }
         for (name, divisor) in [("filter: groups", filters), ("order: heads", heads)] {
-            if self.d_model % divisor != 0 {
+            if !self.d_model.is_multiple_of(divisor) {
                 let expected = format!("a divisor of d_model = {}", self.d_model);
                 return Err(Error::value(format!("modal_hyena: {name}"), expected, divisor));
             }

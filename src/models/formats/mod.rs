@@ -13,6 +13,8 @@
 //! | [`Family::RetNet`] | `"model_type": "retnet"` | fla (`fla-hub/retnet-*`) |
 //! | [`Family::RetNetTorchscale`] | `decoder_embed_dim`, no `model_type` | torchscale's `RetNetDecoder` |
 //! | [`Family::RetNetPort`] | `decoder_embed_dim` and `"model_type": "retnet"` | torchscale's, ported to transformers by syncdoth |
+//! | [`Family::HyenaDna`] | `"model_type": "hyenadna"` | transformers (`LongSafari/hyenadna-*-hf`) |
+//! | [`Family::HyenaDnaTraining`] | `d_model` and `layer`, no `model_type` | hyena-dna's training code (`LongSafari/hyenadna-*`) and safari |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -26,6 +28,7 @@
 mod evo2;
 mod falcon_mamba;
 mod hybrid;
+mod hyena_dna;
 mod jamba;
 mod keys;
 mod mamba_hf;
@@ -73,6 +76,10 @@ pub enum Family {
         /// Whether the MLPs are gated.
         glu: bool,
     },
+    /// HyenaDNA in transformers.
+    HyenaDna,
+    /// HyenaDNA as its training code saves it.
+    HyenaDnaTraining,
 }
 
 impl Family {
@@ -89,6 +96,8 @@ impl Family {
             Self::RetNet { .. } => "retnet",
             Self::RetNetTorchscale => "retnet (torchscale)",
             Self::RetNetPort { .. } => "retnet (torchscale, transformers)",
+            Self::HyenaDna => "hyenadna",
+            Self::HyenaDnaTraining => "hyenadna (training)",
         }
     }
 
@@ -102,6 +111,7 @@ impl Family {
             Self::Jamba => jamba::upstream_name(own),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).upstream(own),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).upstream(own),
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::names(self).upstream(own),
         }
     }
 
@@ -115,6 +125,15 @@ impl Family {
             Self::Jamba => jamba::own_name(upstream),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).own(upstream),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).own(upstream),
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::own_name(self, upstream),
+        }
+    }
+
+    /// The parameter that a tensor of ours by name is another name of.
+    pub(crate) fn shared(self, own: &str) -> Option<String> {
+        match self {
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::shared(own),
+            _ => None,
         }
     }
 
@@ -133,12 +152,12 @@ impl Family {
 
     /// Whether the config names the dtype of the weights.
     fn names_dtype(self) -> bool {
-        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale)
+        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale | Self::HyenaDnaTraining)
     }
 }
 
 /// What `model_type` may say.
-const MODEL_TYPES: &str = "mamba, falcon_mamba, retnet, stripedhyena, evo2, jamba or subquadratic";
+const MODEL_TYPES: &str = "mamba, falcon_mamba, retnet, hyenadna, stripedhyena, evo2, jamba or subquadratic";
 
 /// The model that a `config.json` describes.
 pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
@@ -152,7 +171,9 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
         Some(hybrid::MODEL_TYPE) => hybrid::read(&keys)?,
         Some("retnet") if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, true)?,
         Some("retnet") => retnet_fla::read(&keys)?,
+        Some("hyenadna") => hyena_dna::read(&keys)?,
         Some(other) => return Err(keys.wrong("model_type", MODEL_TYPES, other)),
+        None if keys.has("d_model") && keys.has("layer") => hyena_dna::read_training(&keys)?,
         None if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, false)?,
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
         None if keys.has("hcl_layer_idxs") => evo2::read(&keys)?,
@@ -160,7 +181,7 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
         None => {
             let expected = format!(
                 "{MODEL_TYPES} (or the keys d_model and n_layer of mamba-ssm, decoder_embed_dim of torchscale, \
-                 hyena_layer_idxs of stripedhyena, or hcl_layer_idxs of vtx)"
+                 hyena_layer_idxs of stripedhyena, hcl_layer_idxs of vtx, or d_model and layer of hyena-dna)"
             );
             return Err(keys.wrong("model_type", &expected, "nothing"));
         }
@@ -195,6 +216,7 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::Hybrid => hybrid::write(config),
         Family::RetNet { fused_norm } => retnet_fla::write(config, fused_norm),
         Family::RetNetTorchscale | Family::RetNetPort { .. } => retnet_torchscale::write(config),
+        Family::HyenaDna | Family::HyenaDnaTraining => hyena_dna::write(config),
     }?;
     if config.family.names_dtype() {
         let name = match dtype {

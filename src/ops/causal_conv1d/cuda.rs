@@ -204,8 +204,15 @@ impl Saved {
         arguments: &[&dyn Argument],
     ) -> Result<()> {
         let what = &format!("causal_conv1d of {:?}, K = {}", self.x.dims(), self.sizes.taps);
-        let launch =
-            Launch { what, device, module: Module::CausalConv1d, kernel, grid, threads: THREADS as u32 };
+        let launch = Launch {
+            what,
+            device,
+            module: Module::CausalConv1d,
+            kernel,
+            grid,
+            threads: THREADS as u32,
+            dynamic: false,
+        };
         // SAFETY: the caller's promise.
         unsafe { launch.run(arguments) }
     }

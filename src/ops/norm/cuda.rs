@@ -260,7 +260,15 @@ impl Saved {
         arguments: &[&dyn Argument],
     ) -> Result<()> {
         let what = &format!("{} of {:?}", self.name, self.x.dims());
-        let launch = Launch { what, device, module: Module::Norm, kernel, grid, threads: THREADS as u32 };
+        let launch = Launch {
+            what,
+            device,
+            module: Module::Norm,
+            kernel,
+            grid,
+            threads: THREADS as u32,
+            dynamic: false,
+        };
         // SAFETY: the caller's promise.
         unsafe { launch.run(arguments) }
     }

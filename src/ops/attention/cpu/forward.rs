@@ -149,7 +149,7 @@ impl<T: Real> Kernel<T> for Soften<'_, T> {
             for (c, n) in lanes(s, 0..self.y.len()) {
                 put(s, self.y, c, n, s.mul(factors, load(s, self.y, c, n)));
             }
-            *self.sum = *self.sum * factor;
+            *self.sum *= factor;
             *self.largest = largest;
         }
         *self.sum += s.sum(sums);

@@ -166,10 +166,10 @@ fn gather<E: Element, S: Simd<E::Real>>(
     channels: std::ops::Range<usize>,
 ) -> [S::V; CHUNK] {
     let mut x = [s.splat(E::Real::ZERO); CHUNK];
-    for i in 0..chunk.count {
+    for (i, x) in x.iter_mut().enumerate().take(chunk.count) {
         let t = chunk.start + if way == Way::Forward { i } else { chunk.count - 1 - i };
         let from = &rows.row([row, t])[channels.clone()];
-        x[i] = crate::backend::cpu::view::load(s, from, 0, from.len());
+        *x = crate::backend::cpu::view::load(s, from, 0, from.len());
     }
     x
 }

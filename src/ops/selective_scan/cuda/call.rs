@@ -191,7 +191,7 @@ impl Launcher<'_> {
         let kernel = format!("{name}_{}_{}", E::NAME, self.plan.split);
         let grid = [self.plan.columns(), self.sizes.batch, chunks];
         // SAFETY: the kernel takes one `Scan`; the caller vouches for what it points at.
-        unsafe { self.plain(module, &kernel, grid, &[&Packed(scan)]) }
+        unsafe { self.launch(module, &kernel, grid, true).run(&[&Packed(scan)]) }
     }
 
     /// From what the chunks hand on to what they begin with, `initial` before the first (behind the last, going back).
@@ -217,6 +217,8 @@ impl Launcher<'_> {
         unsafe { self.plain(Module::ScanCarry, "selective_scan_carry", grid, &arguments) }
     }
 
+    /// A kernel that asks for no shared memory at launch.
+    ///
     /// # Safety
     /// As [`Launch::run`].
     pub(super) unsafe fn plain(
@@ -226,9 +228,12 @@ impl Launcher<'_> {
         grid: [usize; 3],
         arguments: &[&dyn Argument],
     ) -> Result<()> {
-        let launch =
-            Launch { what: self.what, device: self.device, module, kernel, grid, threads: THREADS as u32 };
         // SAFETY: the caller's promise.
-        unsafe { launch.run(arguments) }
+        unsafe { self.launch(module, kernel, grid, false).run(arguments) }
+    }
+
+    fn launch<'a>(&'a self, module: Module, kernel: &'a str, grid: [usize; 3], dynamic: bool) -> Launch<'a> {
+        let threads = THREADS as u32;
+        Launch { what: self.what, device: self.device, module, kernel, grid, threads, dynamic }
     }
 }
