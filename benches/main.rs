@@ -24,10 +24,14 @@ fn main() -> subquadratic::Result<()> {
     let mut criterion = Criterion::default().configure_from_args();
     let mut bench = Bench::new()?;
     operators::selective_scan::all(&mut criterion, &mut bench)?;
+    operators::retention::all(&mut criterion, &mut bench)?;
     operators::causal_conv1d::all(&mut criterion, &mut bench)?;
+    operators::modal_conv::all(&mut criterion, &mut bench)?;
+    operators::attention::all(&mut criterion, &mut bench)?;
     operators::retention::all(&mut criterion, &mut bench)?;
     operators::norm::all(&mut criterion, &mut bench)?;
     operators::linear::all(&mut criterion, &mut bench)?;
+    operators::long_conv::all(&mut criterion, &mut bench)?;
     mamba::layer(&mut criterion, &mut bench)?;
     mamba::model(&mut criterion, &mut bench)?;
     criterion.final_summary();

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures other implementations of Mamba on the CPU beside this one and prints a Markdown table.
+"""Measures other implementations of Mamba and of retention on the CPU beside this one and prints a Markdown table.
 
     python3 benches/peers.py [--work DIR] [--rounds 3] [--seconds 6] [--only PEER,..] [--skip PEER,..] [--out FILE]
 
@@ -27,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PYTHON = {
     "torch": ["torch==2.15.0", "transformers==5.23.0", "mambapy==1.2.0", "einops", "safetensors", "numpy"],
+    # without what they depend on: they want other versions of it than they need
+    "retention": ["--no-deps", "fla-core==0.6.0", "flash-linear-attention==0.6.0", "torchscale==0.3.0"],
     "llama.cpp": ["llama-cpp-python==0.3.36", "gguf==0.19.0"],
 }
 CRATES = {
@@ -44,8 +46,15 @@ TASKS = {
     "block-fwdbwd": ("block 768, B2 L512, forward + backward", "ms", ["mamba-rs", "transformers", "mambapy"]),
     "scan-fwd": ("scan B1 D1536 L2048 N16, forward", "ms", ["naive", "mambapy"]),
     "scan-fwdbwd": ("scan B1 D1536 L2048 N16, forward + backward", "ms", ["naive", "mambapy"]),
+    "ret64-fwd": ("retention B1 T4096 H8 K64 V128, forward", "ms", ["fla", "torchscale"]),
+    "ret64-fwdbwd": ("retention B1 T4096 H8 K64 V128, forward + backward", "ms", ["fla", "torchscale"]),
+    "ret256-fwd": ("retention B1 T4096 H8 K256 V512, forward", "ms", ["fla", "torchscale"]),
+    "ret256-fwdbwd": ("retention B1 T4096 H8 K256 V512, forward + backward", "ms", ["fla", "torchscale"]),
 }
-TITLES = {"naive": "torch time loop"}
+for length in ("1k", "4k", "16k", "128k"):
+    for part, name in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
+        TASKS[f"conv_{length}-{part}"] = (f"long convolution, gated, B1 D256 L{length}, {name}", "ms", ["rfft"])
+TITLES = {"naive": "torch time loop", "rfft": "torch rfft"}
 
 
 def main():
@@ -125,10 +134,17 @@ def install(options, wanted, missing):
         call([*build, python, "-m", "pip", "install", "-q", *PYTHON["torch"]])
         if not (model / "model.safetensors").exists():
             call([*build, python, HERE / "peers" / "torch_peers.py", "make", model])
-        for peer in ("transformers", "mambapy", "naive"):
+        for peer in ("transformers", "mambapy", "naive", "rfft"):
             commands[peer] = worker(python, HERE / "peers" / "torch_peers.py", peer)
     except (subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"PyTorch and transformers make the model that all are measured on: {reason(error)}")
+    if wanted("fla") or wanted("torchscale"):
+        try:
+            call([*build, python, "-m", "pip", "install", "-q", *PYTHON["retention"]])
+            for peer in ("fla", "torchscale"):
+                commands[peer] = worker(python, HERE / "peers" / "torch_peers.py", peer)
+        except (subprocess.CalledProcessError, OSError) as error:
+            missing["fla, torchscale"] = reason(error)
     if wanted("llama.cpp"):
         try:
             call([*build, python, "-m", "pip", "install", "-q", *PYTHON["llama.cpp"]])
@@ -179,7 +195,13 @@ def ours(options, model, task):
         result = json.loads(call([*options.time_with, *map(str, command)], cwd=ROOT).splitlines()[-1])
         rate = result["prefill_tok_s" if kind == "prefill" else "decode_tok_s"]
         return {"seconds": [1 / rate], "tokens": 1, "peak_bytes": result["peak_bytes"]}
-    group, shape = {"block": ("mamba", "cpu-130m-block"), "scan": ("selective_scan", "cpu-130m")}[kind]
+    places = {
+        "block": ("mamba", "cpu-130m-block"),
+        "scan": ("selective_scan", "cpu-130m"),
+        "ret64": ("retention", "cpu-k64"),
+        "ret256": ("retention", "cpu-k256"),
+    }
+    group, shape = places.get(kind) or ("long_conv", kind.replace("conv_", "cpu-"))
     part = {"fwd": "fwd", "fwdbwd": "fwd_bwd"}[detail]
     home = options.work / "criterion"
     environment = {**os.environ, "CRITERION_HOME": str(home)}

@@ -27,7 +27,7 @@ fn gelu_tanh(x: f64) -> f64 {
     0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x * x * x)).tanh())
 }
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     Case {
         name: "sigmoid",
         arguments: 1,
@@ -89,6 +89,13 @@ const CASES: [Case; 9] = [
         arguments: 2,
         apply: |x| Ok(vec![gate(&x[0], &x[1], Activation::Relu)?]),
         formula: |x, z| x * z.max(0.0),
+        absolute: false,
+    },
+    Case {
+        name: "gate",
+        arguments: 2,
+        apply: |x| Ok(vec![gate(&x[0], &x[1], Activation::Identity)?]),
+        formula: |x, z| x * z,
         absolute: false,
     },
 ];

@@ -76,7 +76,7 @@ impl Case {
     /// All forms, kinds and sets of parameters over random sizes, groups of at least `least` channels.
     fn all(seed: u64, least: usize) -> impl Iterator<Item = Self> {
         let mut random = Random::new(seed);
-        let kinds = [NormKind::Rms, NormKind::Layer];
+        let kinds = [NormKind::Rms, NormKind::Layer, NormKind::RmsOutside];
         let forms = [Form::Plain, Form::Add, Form::GateBefore, Form::GateAfter];
         let all = kinds.into_iter().flat_map(move |kind| forms.map(|form| (kind, form)));
         all.flat_map(|(kind, form)| [0, 1, 2, 3].map(|flags| (kind, form, flags))).map(
@@ -179,7 +179,7 @@ fn strided_rows_are_read_where_they_lie() {
 
 #[test]
 fn large_and_tiny_values_are_normalised() {
-    for kind in [NormKind::Rms, NormKind::Layer] {
+    for kind in [NormKind::Rms, NormKind::RmsOutside, NormKind::Layer] {
         let n = Norm { kind, weight: None, bias: None, eps: 0.0, group_size: None };
         for scale in [1e-15, 1.0, 1e15] {
             let x = Random::new(2).normal((3, 100)).affine(scale, 0.0).unwrap();

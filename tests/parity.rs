@@ -1,4 +1,5 @@
-//! The logits of transformers, from the checkpoints of tests/fixtures (see make.py there).
+//! The logits of transformers and of the families' own packages, from the checkpoints of tests/fixtures (see make.py and
+//! make_striped.py there).
 
 mod common;
 
@@ -10,7 +11,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 16] = [
+const FIXTURES: [&str; 23] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -18,6 +19,10 @@ const FIXTURES: [&str; 16] = [
     "mamba-original",
     "mamba-original-bin",
     "mamba-original-mlp",
+    "striped-hyena",
+    "evo-bf16",
+    "evo2",
+    "jamba",
     "retnet-torchscale",
     "retnet-torchscale-bin",
     "retnet-torchscale-deepnorm",
@@ -27,7 +32,13 @@ const FIXTURES: [&str; 16] = [
     "retnet-fla-groups",
     "retnet-fla-plain",
     "retnet-fla-conv",
+    "hyenadna",
+    "hyenadna-order3",
+    "hyenadna-training",
 ];
+
+/// Those made by make_striped.py.
+const STRIPED: [&str; 4] = ["striped-hyena", "evo-bf16", "evo2", "jamba"];
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -55,23 +66,33 @@ fn stepped(model: &LanguageModel, ids: &Tensor, prefill: usize) -> Result<Tensor
 /// One call and every way to prefill against the logits of transformers: the relative error, and that of the worst element
 /// against the largest. A prefill's logits of the last token are those of one call.
 fn check(dtype: DType, tolerance: f64, worst: f64) {
-    let assert_near = |what: &str, got: &Tensor, want: &Tensor| {
+    let assert_near = |what: &str, got: &Tensor, want: &Tensor, [tolerance, worst]: [f64; 2]| {
         assert_eq!(got.dims(), want.dims(), "{what}");
         let (rms, max) = relative_errors(got, want);
         assert!(rms <= tolerance && max <= worst, "{what}: relative error {rms:.1e}, at worst {max:.1e}");
     };
     for name in FIXTURES {
+        // four or five blocks with an MLP each: on Jamba's transformers is 5.5e-2 from the exact logits in bf16
+        let half = matches!(dtype, DType::BF16 | DType::F16);
+        let deep = if half && STRIPED.contains(&name) { 2.0 } else { 1.0 };
+        let (tolerance, worst) = (deep * tolerance, deep * worst);
         let expected = expected(name);
         let (ids, want) = (&expected["ids"], &expected["logits"]);
         let length = ids.dim(1).unwrap();
         let model = load(fixture(name), dtype, &Device::Cpu).unwrap();
         let what = format!("{name} in {dtype:?}");
         let whole = model.forward(ids).unwrap();
-        assert_near(&what, &whole, want);
+        assert_near(&what, &whole, want, [tolerance, worst]);
         for prefill in [0, 1, 2, 7, length - 1, length] {
             let got = stepped(&model, ids, prefill).unwrap();
-            assert_near(&format!("{what}, {prefill} tokens prefilled"), &got, want);
-            assert_near(&format!("{what}, its cache"), &got, &expected["decode"]);
+            assert_near(&format!("{what}, {prefill} tokens prefilled"), &got, want, [tolerance, worst]);
+            // the package stripedhyena rounds a state to f32
+            let rounded = if STRIPED.contains(&name) { 1e-6 } else { 0.0 };
+            let (rms, max) = relative_errors(&got, &expected["decode"]);
+            assert!(
+                rms <= tolerance + rounded && max <= worst + rounded,
+                "{what}, its cache: {rms:.1e}, {max:.1e}"
+            );
         }
         let mut state = model.init_state(ids.dim(0).unwrap()).unwrap();
         let last = model.prefill(ids, None, &mut state).unwrap();

@@ -1,4 +1,5 @@
-"""The PyTorch peers: transformers, mambapy, and a selective scan as a plain loop over time.
+"""The PyTorch peers: transformers, mambapy, a selective scan as a plain loop over time, retention of fla and torchscale,
+a long convolution by rfft.
 
 usage: torch_peers.py PEER TASK MODEL_DIR SECONDS      (peers.py calls this; the last line printed is JSON)
        torch_peers.py make MODEL_DIR                   (writes the random model all peers load)
@@ -127,6 +128,70 @@ def scan_inputs():
             torch.rand(channels), rows(), -1 - 3 * torch.rand(channels)]
 
 
+RETENTIONS = {"ret64": (1, 4096, 8, 64, 128), "ret256": (1, 4096, 8, 256, 512)}
+# torchscale's own default; fla's is 64
+TORCHSCALE_CHUNK = 512
+
+
+def retention_inputs(kind):
+    batch, length, heads, keys, values = RETENTIONS[kind]
+    rows = lambda width: torch.rand(batch, length, heads, width) * 2 - 1
+    return [rows(keys), rows(keys), rows(values)]
+
+
+def decays(heads):
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads)))
+
+
+def fla_retention(q, k, v):
+    """fla's chunkwise form in plain PyTorch: its other forms are Triton kernels or quadratic."""
+    from fla.ops.simple_gla.naive import naive_chunk_simple_gla
+
+    log_decay = decays(q.shape[2]).expand(q.shape[:3])
+    return naive_chunk_simple_gla(q, k, v, log_decay)[0]
+
+
+def torchscale_retention():
+    """torchscale's chunkwise form; its masks, which a model computes once for all layers, are not timed."""
+    from types import SimpleNamespace
+
+    from torchscale.component.multiscale_retention import MultiScaleRetention
+
+    masks = {}
+
+    def masks_of(heads):
+        if heads not in masks:
+            log, at = decays(heads), torch.arange(TORCHSCALE_CHUNK).float()
+            mask = torch.exp((at[:, None] - at) * log[:, None, None]).tril()
+            scale = mask.sum(-1, keepdim=True).sqrt()
+            inner = torch.exp(log[:, None] * (at + 1))[None, :, :, None] / (scale / scale[:, -1:])
+            value = mask[:, -1] / mask[:, -1].sum(-1, keepdim=True)
+            across = torch.exp(log * TORCHSCALE_CHUNK)[None, :, None, None]
+            masks[heads] = mask / scale, across, inner, value[None, :, :, None]
+        return masks[heads]
+
+    def run(q, k, v):
+        batch, length, heads, keys = q.shape
+        layer = SimpleNamespace(num_heads=heads, key_dim=keys, head_dim=v.shape[3])
+        q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+        v = v.reshape(batch, length, -1)
+        return MultiScaleRetention.chunk_recurrent_forward(layer, q, k * keys**-0.5, v, masks_of(heads))
+
+    return run
+
+
+def rfft_convolution(x, k, d, pre_gate, post_gate):
+    """As safari's reference has it, channels before time: two transforms of twice the length, one back."""
+    v, size = x * pre_gate, 2 * x.shape[-1]
+    y = torch.fft.irfft(torch.fft.rfft(v, n=size) * torch.fft.rfft(k, n=size), n=size)[..., : x.shape[-1]]
+    return post_gate * (y + v * d[:, None])
+
+
+def convolution_inputs(length):
+    rows = lambda: torch.randn(1, 256, length)
+    return [rows(), 0.1 * torch.randn(256, length), torch.randn(256), rows(), rows()]
+
+
 def differentiated(run, inputs):
     """Forward alone on plain tensors, and forward with the gradients of everything."""
     def backward():
@@ -137,10 +202,19 @@ def differentiated(run, inputs):
     return backward
 
 
+def operator(peer, kind):
+    """What computes the operator of a task, and its arguments."""
+    if kind == "scan":
+        return {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
+    if kind in RETENTIONS:
+        return fla_retention if peer == "fla" else torchscale_retention(), retention_inputs(kind)
+    return rfft_convolution, convolution_inputs(1024 * int(kind[len("conv_"):-1]))
+
+
 def measure(peer, task, directory, seconds):
     kind, _, detail = task.partition("-")
-    if kind == "scan":
-        run, inputs = {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
+    if kind == "scan" or kind in RETENTIONS or kind.startswith("conv_"):
+        run, inputs = operator(peer, kind)
         if detail == "fwd":
             with torch.no_grad():
                 return {"seconds": repeat(lambda: run(*inputs), seconds)}

@@ -3,6 +3,7 @@
 
 use super::cli::{Outcome, Place};
 use super::curve::Curve;
+use super::dna;
 use super::form::{parse_form, set_form};
 use super::memory::peak_bytes;
 use super::run::{Limit, Progress, Settings, Training};
@@ -15,7 +16,7 @@ use std::f64::consts::LN_2;
 use std::path::PathBuf;
 use std::time::Instant;
 use subquadratic::models::{Form, LanguageModel, ModelConfig};
-use subquadratic::train::{Order, StepReport, TextBatches, Trainer, TrainerConfig};
+use subquadratic::train::{Batch, Order, StepReport, TextBatches, Trainer, TrainerConfig};
 
 /// Without `--model`, learns a text from scratch; with it, continues `--prompt`.
 #[derive(Parser, Debug)]
@@ -27,6 +28,9 @@ pub struct Arguments {
     /// The text to continue [default: "And ", after training]
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+    /// Train a hybrid of these blocks, as in "mamba*3 attention", one after another
+    #[arg(long, value_name = "WORDS", conflicts_with = "model")]
+    pattern: Option<String>,
     /// Among equal forms of the mixer, the one to compute [auto, parallel, chunkwise, recurrent]
     #[arg(long, default_value = "auto", value_parser = parse_form)]
     form: Form,
@@ -47,6 +51,8 @@ pub struct Family {
     pub name: &'static str,
     /// Width, number of blocks and vocabulary to a model.
     pub config: fn(usize, usize, usize) -> ModelConfig,
+    /// Whether the state at the end of a batch is where the next one goes on; else every row begins afresh.
+    pub carry: bool,
     /// What to train when nothing is said.
     pub defaults: Settings,
 }
@@ -75,9 +81,11 @@ pub fn run(family: &Family, arguments: &Arguments) -> Outcome<()> {
     println!("loss curve:      {}", session.curve_path().display());
     println!("checkpoint:      {folder} (train on: --resume --out {folder} --minutes M)");
     println!("sample:\n");
-    let prompt = arguments.prompt.as_deref().unwrap_or("And ");
+    let dna = session.settings.fasta.is_some();
+    let prompt = arguments.prompt.as_deref().unwrap_or(if dna { "ATG" } else { "And " });
     let model = session.trainer.model().frozen()?;
-    sample::stream(&model, &Tokenizer::Bytes, prompt, arguments.seed, &arguments.sampling)
+    let tokenizer = if dna { Tokenizer::Dna } else { Tokenizer::Bytes };
+    sample::stream(&model, &tokenizer, prompt, arguments.seed, &arguments.sampling)
 }
 
 /// A training under way.
@@ -92,6 +100,8 @@ struct Session {
     start: Instant,
     curve: Curve,
     title: String,
+    /// As the family's.
+    carry: bool,
     /// Tokens and seconds of the steps of this session.
     stepped: (usize, f64),
 }
@@ -117,7 +127,7 @@ impl Session {
             }
             trainer.model_mut().set_recompute(training.recompute);
             set_form(trainer.model_mut(), arguments.form)?;
-            let (text, mut data) = read(&settings)?;
+            let (text, mut data) = read(&settings, family.carry)?;
             if text.len() != run.text_bytes {
                 let reason =
                     format!("the text had {} bytes when the run began, now {}", run.text_bytes, text.len());
@@ -135,12 +145,18 @@ impl Session {
                 start,
                 curve,
                 title: String::new(),
+                carry: family.carry,
                 stepped: (0, 0.0),
             }
         } else {
             let settings = training.settings(&family.defaults);
-            let (text, data) = read(&settings)?;
-            let config = (family.config)(settings.hidden, settings.layers, 256);
+            let (text, data) = read(&settings, family.carry)?;
+            let vocabulary = if settings.fasta.is_some() { dna::VOCABULARY } else { 256 };
+            let config = match &arguments.pattern {
+                Some(pattern) => ModelConfig::striped(pattern, settings.hidden, vocabulary)?,
+                None => (family.config)(settings.hidden, settings.layers, vocabulary),
+            };
+            let settings = Settings { layers: config.blocks.len(), ..settings };
             let mut model = LanguageModel::init(&config, arguments.seed, place.dtype, &device)?;
             model.set_recompute(training.recompute);
             set_form(&mut model, arguments.form)?;
@@ -158,6 +174,7 @@ impl Session {
                 start,
                 curve,
                 title: String::new(),
+                carry: family.carry,
                 stepped: (0, 0.0),
             }
         };
@@ -232,9 +249,14 @@ impl Session {
 
     /// The loss in bits per byte on the validation part, or the first `limit` bytes of it; kept for the curve.
     fn validate(&mut self, limit: Option<usize>) -> Outcome<f64> {
-        let mut data = self.text.validation_batches(limit)?;
+        let mut data = self.text.validation_batches(limit, !self.carry)?;
         let device = self.trainer.model().device().clone();
-        let batches = (0..data.batches_per_epoch()).map(|_| data.next_batch(&device)).collect::<Vec<_>>();
+        let batches = (0..data.batches_per_epoch()).map(|_| {
+            let batch = data.next_batch(&device)?;
+            let carry = batch.carry && self.carry;
+            Ok(Batch { carry, ..batch })
+        });
+        let batches = batches.collect::<Vec<_>>();
         let loss = self.trainer.evaluate(batches)? / LN_2;
         self.curve.validation.push((self.trainer.tokens(), loss));
         Ok(loss)
@@ -254,9 +276,10 @@ impl Session {
     }
 }
 
-fn read(settings: &Settings) -> Outcome<(Text, TextBatches)> {
-    let text = Text::read(settings.text.as_deref())?;
-    let data = TextBatches::bytes(text.training(), settings.batch, settings.length, Order::Sequential)?;
+fn read(settings: &Settings, carry: bool) -> Outcome<(Text, TextBatches)> {
+    let text = Text::read(settings.text.as_deref(), settings.fasta.as_deref())?;
+    let order = if carry { Order::Sequential } else { Order::Shuffled { seed: 0 } };
+    let data = TextBatches::bytes(text.training(), settings.batch, settings.length, order)?;
     Ok((text, data))
 }
 

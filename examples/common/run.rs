@@ -38,6 +38,9 @@ pub struct Training {
     /// The text to learn [default: the King James Bible, bundled]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+    /// DNA to learn letter by letter, a FASTA file, plain or compressed by gzip
+    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    fasta: Option<PathBuf>,
     /// Folder of the run, which must be new or empty [default: the first free of runs/NAME, runs/NAME-2, ..]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -61,6 +64,9 @@ pub struct Settings {
     pub lr: f64,
     /// The text; none is the bundled one.
     pub text: Option<PathBuf>,
+    /// DNA in the place of a text.
+    #[serde(default)]
+    pub fasta: Option<PathBuf>,
 }
 
 /// Where a run stands: the part of a checkpoint that is the program's own.
@@ -88,6 +94,7 @@ impl Training {
             length: self.length.unwrap_or(defaults.length),
             lr: self.lr.unwrap_or(defaults.lr),
             text: self.text.clone().or_else(|| defaults.text.clone()),
+            fasta: self.fasta.clone().or_else(|| defaults.fasta.clone()),
         }
     }
 
@@ -105,6 +112,12 @@ impl Training {
             if given.is_some_and(|given| given != was) {
                 return changed(name, was.to_string());
             }
+        }
+        if self.fasta.is_some() && self.fasta != run.fasta {
+            return changed(
+                "fasta",
+                run.fasta.as_ref().map_or("a text".into(), |was| was.display().to_string()),
+            );
         }
         match (&self.text, &run.text) {
             (Some(given), was) if was.as_ref() != Some(given) => changed(

@@ -1,6 +1,7 @@
 //! A text, cut into what is trained on and what the model is judged by.
 
 use super::cli::Outcome;
+use super::dna;
 use flate2::{Compression, write::GzEncoder};
 use std::io::Write;
 use std::path::Path;
@@ -21,13 +22,14 @@ pub struct Text {
 }
 
 impl Text {
-    /// Reads `file`, or takes the bundled text.
-    pub fn read(file: Option<&Path>) -> Outcome<Self> {
+    /// Reads `file`, or the letters of `fasta` as tokens, or takes the bundled text.
+    pub fn read(file: Option<&Path>, fasta: Option<&Path>) -> Outcome<Self> {
         let bytes = match file {
+            _ if fasta.is_some() => fasta.map(dna::read).transpose()?.unwrap_or_default(),
             None => BUNDLED.to_vec(),
             Some(file) => std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?,
         };
-        let name = file.map_or("the bundled text".to_string(), |file| file.display().to_string());
+        let name = fasta.or(file).map_or("the bundled text".to_string(), |file| file.display().to_string());
         // whole batches, so that every byte of the part is predicted once
         let part = bytes.len() / 20;
         let validation = if part >= ROWS * LENGTH { part - part % (ROWS * LENGTH) } else { part };
@@ -53,12 +55,13 @@ impl Text {
     }
 
     /// The first `limit` bytes of the validation part (about; `None`: all, exactly) as batches. The first byte is
-    /// predicted from the one before it.
-    pub fn validation_batches(&self, limit: Option<usize>) -> Outcome<TextBatches> {
+    /// predicted from the one before it. `short`: no row is longer than a few hundred tokens, whatever the text.
+    pub fn validation_batches(&self, limit: Option<usize>, short: bool) -> Outcome<TextBatches> {
         let whole = self.validation().len();
         let block = ROWS * LENGTH;
         let (rows, length, bytes) = match limit.unwrap_or(whole).min(whole) {
             bytes if whole >= block => (ROWS, LENGTH, (bytes / block).max(1) * block),
+            bytes if short && bytes > LENGTH => (1, LENGTH, bytes / LENGTH * LENGTH),
             bytes => (1, bytes, bytes),
         };
         let part = &self.bytes[self.split - 1..self.split + bytes];

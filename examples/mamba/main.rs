@@ -10,6 +10,7 @@
 mod common {
     pub mod cli;
     pub mod curve;
+    pub mod dna;
     pub mod form;
     pub mod memory;
     pub mod program;
@@ -28,7 +29,16 @@ fn main() -> ExitCode {
     let family = Family {
         name: "mamba",
         config: ModelConfig::mamba,
-        defaults: Settings { hidden: 192, layers: 4, batch: 16, length: 128, lr: 6e-3, text: None },
+        carry: true,
+        defaults: Settings {
+            hidden: 192,
+            layers: 4,
+            batch: 16,
+            length: 128,
+            lr: 6e-3,
+            text: None,
+            fasta: None,
+        },
     };
     common::cli::run(|arguments| program::run(&family, &arguments))
 }

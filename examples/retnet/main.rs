@@ -11,6 +11,7 @@
 mod common {
     pub mod cli;
     pub mod curve;
+    pub mod dna;
     pub mod form;
     pub mod memory;
     pub mod program;
@@ -29,7 +30,16 @@ fn main() -> ExitCode {
     let family = Family {
         name: "retnet",
         config: ModelConfig::retnet,
-        defaults: Settings { hidden: 192, layers: 4, batch: 16, length: 128, lr: 6e-3, text: None },
+        carry: true,
+        defaults: Settings {
+            hidden: 192,
+            layers: 4,
+            batch: 16,
+            length: 128,
+            lr: 6e-3,
+            text: None,
+            fasta: None,
+        },
     };
     common::cli::run(|arguments| program::run(&family, &arguments))
 }

@@ -8,9 +8,11 @@ use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use candle_nn::VarBuilder;
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
 /// Where the gate of an [`Mlp`] comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum MlpGate {
     /// There is none: `fc2(act(fc1(x)))`.
     None,
@@ -21,7 +23,8 @@ pub enum MlpGate {
 }
 
 /// The sizes and options of an [`Mlp`].
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MlpConfig {
     /// Width of input and output, `D`.
     pub d_model: usize,

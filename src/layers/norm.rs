@@ -5,13 +5,20 @@ use crate::ops::norm::{Norm, NormKind, add_norm, norm};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
 
 /// Which norm, and its epsilon.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NormConfig {
     /// RMS norm with a weight.
     Rms {
         /// Added to the mean square.
+        eps: f64,
+    },
+    /// RMS norm with a weight, epsilon outside the root.
+    RmsOutside {
+        /// Added to the root of the mean square.
         eps: f64,
     },
     /// Layer norm with weight and bias.
@@ -26,14 +33,14 @@ impl NormConfig {
     pub fn parameters(&self, width: usize) -> Vec<Parameter> {
         let weight = Parameter::new("weight", &[width]);
         match self {
-            Self::Rms { .. } => vec![weight],
+            Self::Rms { .. } | Self::RmsOutside { .. } => vec![weight],
             Self::Layer { .. } => vec![weight, Parameter::new("bias", &[width])],
         }
     }
 
     /// Refuses an epsilon that is negative or not finite; `name` says whose.
     pub(crate) fn validate(&self, name: &str) -> Result<()> {
-        let (Self::Rms { eps } | Self::Layer { eps }) = *self;
+        let (Self::Rms { eps } | Self::RmsOutside { eps } | Self::Layer { eps }) = *self;
         if eps >= 0.0 && eps.is_finite() {
             return Ok(());
         }
@@ -51,10 +58,11 @@ impl NormConfig {
     }
 }
 
-/// RMS norm: `x / sqrt(E[x^2] + eps) * weight` over the last dimension.
+/// RMS norm: `x / sqrt(E[x^2] + eps) * weight` over the last dimension, or with `eps` outside the root.
 #[derive(Clone, Debug)]
 pub struct RmsNorm {
     weight: Tensor,
+    kind: NormKind,
     eps: f64,
 }
 
@@ -64,7 +72,8 @@ impl RmsNorm {
     /// # Errors
     /// A missing tensor or another shape.
     pub fn new(width: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { weight: Parameter::new("weight", &[width]).read(&vb)?, eps })
+        let kind = NormKind::Rms;
+        Ok(Self { weight: Parameter::new("weight", &[width]).read(&vb)?, kind, eps })
     }
 
     /// `[.., D]` to `[.., D]`; differentiable in `x` and the weight.
@@ -76,7 +85,7 @@ impl RmsNorm {
     }
 
     fn arguments(&self) -> Norm<'_> {
-        Norm { kind: NormKind::Rms, weight: Some(&self.weight), bias: None, eps: self.eps, group_size: None }
+        Norm { kind: self.kind, weight: Some(&self.weight), bias: None, eps: self.eps, group_size: None }
     }
 }
 
@@ -135,6 +144,9 @@ impl NormLayer {
     pub fn new(config: &NormConfig, width: usize, vb: VarBuilder) -> Result<Self> {
         Ok(match *config {
             NormConfig::Rms { eps } => Self::Rms(RmsNorm::new(width, eps, vb)?),
+            NormConfig::RmsOutside { eps } => {
+                Self::Rms(RmsNorm { kind: NormKind::RmsOutside, ..RmsNorm::new(width, eps, vb)? })
+            }
             NormConfig::Layer { eps } => Self::Layer(LayerNorm::new(width, eps, vb)?),
         })
     }

@@ -13,6 +13,19 @@ pub trait LayerState: Clone {
     /// The same, to be changed.
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)>;
 
+    /// What a file holds of it: the tensors by name, batch first.
+    ///
+    /// # Errors
+    /// A failed allocation.
+    fn saved(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(self.tensors().into_iter().map(|(name, tensor)| (name, tensor.clone())).collect())
+    }
+
+    /// Whether a gradient may pass through it.
+    fn is_tracked(&self) -> bool {
+        self.tensors().iter().any(|(_, tensor)| tensor.track_op())
+    }
+
     /// How many tokens each row has had, `[B]`, if the mixer depends on it.
     fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
         None

@@ -5,14 +5,17 @@ use super::mixer::MixerConfig;
 use crate::layers::{MambaConfig, MlpConfig, NormConfig, Parameter, RetentionConfig, parameter::check_sizes};
 use crate::ops::Activation;
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// The largest number of blocks a config may ask for.
 pub(crate) const MAX_BLOCKS: usize = 65_536;
 
 /// A language model: embedding, blocks, final norm, head.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     /// The checkpoint family: its names in files, and what [`LanguageModel::save`](super::LanguageModel::save) writes.
+    #[serde(skip)]
     pub family: Family,
     /// Tokens with logits, `V`.
     pub vocab_size: usize,
@@ -37,6 +40,7 @@ pub struct ModelConfig {
     /// Whether a fresh model scales its output projections down by the square root of the number of residual sums.
     pub rescale_residual: bool,
     /// Token ids with a meaning of their own.
+    #[serde(skip)]
     pub tokens: SpecialTokens,
 }
 
@@ -52,7 +56,8 @@ pub struct SpecialTokens {
 }
 
 /// One block: `x + mixer(norm(x))`, then with an MLP `x + mlp(mlp.norm(x))`; see [`Residual`] for other sums.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// The norm of the mixer.
     pub norm: NormConfig,
@@ -65,7 +70,8 @@ pub struct BlockConfig {
 }
 
 /// The MLP of a block and its norm.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct FeedForwardConfig {
     /// The norm.
     pub norm: NormConfig,
@@ -74,7 +80,8 @@ pub struct FeedForwardConfig {
 }
 
 /// How a block adds a layer `f` to the stream `x`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Residual {
     /// The stream is multiplied by this: 1, but for deepnorm.
     pub scale: f64,

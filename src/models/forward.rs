@@ -86,7 +86,7 @@ impl LanguageModel {
         &self,
         ids: &Tensor,
         segments: Option<&Segments>,
-        state: Option<&mut ModelState>,
+        mut state: Option<&mut ModelState>,
         wanted: Wanted,
     ) -> Result<Tensor> {
         let ids = self.check_ids(ids)?;
@@ -101,12 +101,52 @@ impl LanguageModel {
             Wanted::All => None,
             Wanted::Last => Some(last_tokens(segments, batch, length)?),
         };
-        let mut carried = state.as_deref().map(|state| state.blocks.clone());
+        let mut ends = state.as_deref().map_or(vec![0; batch], |state| state.positions.clone());
+        advance(&mut ends, segments, length);
+        self.check_ends(&ends)?;
+        // states that grow with the sequence are moved on in place: a copy at every token would cost more than the token
+        let in_place = state.as_deref().is_some_and(|state| !state.blocks.iter().all(MixerState::is_tensors));
+        let mut carried = state.as_deref_mut().map(|state| match in_place {
+            true => std::mem::take(&mut state.blocks),
+            false => state.blocks.clone(),
+        });
+        let result = self.in_chunks(&ids, segments, &mut carried, last);
+        if let (Some(state), Some(blocks)) = (state, carried) {
+            if in_place || result.is_ok() {
+                state.blocks = blocks;
+            }
+            if result.is_ok() {
+                state.positions = ends;
+            }
+        }
+        result
+    }
+
+    /// Refuses sequences longer than the filters of some block.
+    fn check_ends(&self, ends: &[usize]) -> Result<()> {
+        let longest = self.config.blocks.iter().filter_map(|block| block.mixer.longest()).min();
+        match longest.and_then(|longest| ends.iter().find(|&&end| end > longest).map(|&end| (longest, end))) {
+            Some((longest, end)) => {
+                Err(Error::value("ids: tokens of a sequence", format!("at most l_max = {longest}"), end))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checked ids, as many tokens at a time as memory should hold.
+    fn in_chunks(
+        &self,
+        ids: &Tensor,
+        segments: Option<&Segments>,
+        carried: &mut Option<Vec<MixerState>>,
+        last: Option<Vec<usize>>,
+    ) -> Result<Tensor> {
+        let (batch, length) = ids.dims2()?;
         let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
         let whole = tracked || self.form == Form::Parallel;
         let chunk = if whole { length } else { (CHUNK / batch).max(CHUNK / 8) };
         if chunk < length && carried.is_none() {
-            carried = Some(self.init_state(batch)?.blocks);
+            *carried = Some(self.init_state(batch)?.blocks);
         }
         let mut pieces = vec![];
         let mut picked: Vec<Option<Stream>> = vec![None; batch];
@@ -127,10 +167,6 @@ impl LanguageModel {
             let picked: Vec<Stream> = picked.into_iter().flatten().collect();
             pieces.push(self.finish(Stream::cat(&picked)?)?);
         }
-        if let (Some(state), Some(blocks)) = (state, carried) {
-            state.blocks = blocks;
-            advance(&mut state.positions, segments, length);
-        }
         match <[Tensor; 1]>::try_from(pieces) {
             Ok([piece]) => Ok(piece),
             Err(pieces) => Ok(Tensor::cat(&pieces, 1)?),
@@ -145,7 +181,10 @@ impl LanguageModel {
     ) -> Result<Stream> {
         for (i, block) in self.blocks.iter().enumerate() {
             let state = states.as_deref_mut().and_then(|states| states.get_mut(i));
-            stream = if self.recompute && !self.variables().is_empty() {
+            stream = if self.recompute
+                && !self.variables().is_empty()
+                && state.as_deref().is_none_or(MixerState::is_tensors)
+            {
                 self.recomputed(block, &self.block_variables[i], stream, segments, state)?
             } else {
                 block.forward(stream, self.dtype, segments, state)?
@@ -233,7 +272,7 @@ fn last_tokens(segments: Option<&Segments>, batch: usize, length: usize) -> Resu
 }
 
 fn is_tracked(state: &MixerState) -> bool {
-    state.tensors().iter().any(|(_, tensor)| tensor.track_op())
+    LayerState::is_tracked(state)
 }
 
 impl ModelState {

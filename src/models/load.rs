@@ -83,7 +83,7 @@ fn agrees(stored: &Tensor, values: &[f64]) -> Result<bool> {
 fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<String, String>> {
     let mut names = HashMap::new();
     let (mut missing, mut wrong) = (vec![], vec![]);
-    for name in files.entries.keys() {
+    for name in files.entries.keys().filter(|name| !config.family.ignores(name)) {
         if let Some(other) = names.insert(config.family.own_name(name), name.clone()) {
             wrong.push(format!("{name}: another name of {other}, which is there too"));
         }
@@ -92,6 +92,19 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
     for (name, values) in config.family.buffers(config) {
         if names.remove(&name).is_some() && !agrees(&files.read(&name, DType::F64, &Device::Cpu)?, &values)? {
             wrong.push(format!("{name}: expected the values that follow from the config, {values:.6?}"));
+        }
+    }
+    let mut shared: Vec<(String, String)> =
+        names.keys().filter_map(|own| Some((own.clone(), config.family.shared(own)?))).collect();
+    shared.sort();
+    for (own, parameter) in shared {
+        let Some(name) = names.remove(&own) else { continue };
+        match names.get(&parameter) {
+            Some(first) if !files.same(&name, first)? => {
+                wrong.push(format!("{name}: expected the values of {first}, which it shares"));
+            }
+            Some(_) => {}
+            None => drop(names.insert(parameter, name)),
         }
     }
     let parameters = config.parameters();
@@ -113,6 +126,11 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
             wrong.push(format!("{upstream}: expected shape {:?}, got {:?}", parameter.shape, entry.shape));
         }
         match &entry.dtype {
+            Ok(DType::BF16 | DType::F16) if parameter.name.ends_with("poles") => {
+                wrong.push(format!(
+                    "{upstream}: expected poles of f32 or f64: a rounded pole is another filter"
+                ));
+            }
             Ok(DType::F64 | DType::F32 | DType::BF16 | DType::F16) => {}
             Ok(dtype) => wrong.push(format!("{upstream}: expected a float dtype, got {dtype:?}")),
             Err(name) => wrong.push(format!("{upstream}: expected f64, f32, bf16 or f16, got {name}")),

@@ -2,23 +2,32 @@
 
 use super::Form;
 use crate::layers::{
-    LayerState, Mamba, MambaConfig, MambaState, MultiScaleRetention, Parameter, RetentionConfig,
-    RetentionState,
+    Attention, AttentionConfig, AttentionState, Hyena, HyenaConfig, HyenaState, LayerState, Mamba,
+    MambaConfig, MambaState, ModalHyena, ModalHyenaConfig, ModalHyenaState, MultiScaleRetention, Parameter,
+    RetentionConfig, RetentionState,
 };
 use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
 /// What mixes along the sequence.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum MixerConfig {
     /// [`layers::Mamba`](crate::layers::Mamba)
     Mamba(MambaConfig),
+    /// [`layers::Attention`](crate::layers::Attention)
+    Attention(AttentionConfig),
+    /// [`layers::ModalHyena`](crate::layers::ModalHyena)
+    ModalHyena(ModalHyenaConfig),
     /// [`layers::MultiScaleRetention`](crate::layers::MultiScaleRetention)
     Retention(RetentionConfig),
+    /// [`layers::Hyena`](crate::layers::Hyena)
+    Hyena(HyenaConfig),
 }
 
 impl MixerConfig {
@@ -26,21 +35,38 @@ impl MixerConfig {
     pub fn parameters(&self) -> Vec<Parameter> {
         match self {
             Self::Mamba(config) => config.parameters(),
+            Self::Attention(config) => config.parameters(),
+            Self::ModalHyena(config) => config.parameters(),
             Self::Retention(config) => config.parameters(),
+            Self::Hyena(config) => config.parameters(),
         }
     }
 
     pub(crate) fn width(&self) -> usize {
         match self {
             Self::Mamba(config) => config.d_model,
+            Self::Attention(config) => config.d_model,
+            Self::ModalHyena(config) => config.d_model,
             Self::Retention(config) => config.d_model,
+            Self::Hyena(config) => config.d_model,
+        }
+    }
+
+    /// The most tokens of a sequence, if there is a limit.
+    pub(crate) fn longest(&self) -> Option<usize> {
+        match self {
+            Self::Hyena(config) => Some(config.l_max),
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Retention(_) => None,
         }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         match self {
             Self::Mamba(config) => config.validate(),
+            Self::Attention(config) => config.validate(),
+            Self::ModalHyena(config) => config.validate(),
             Self::Retention(config) => config.validate(),
+            Self::Hyena(config) => config.validate(),
         }
     }
 
@@ -50,8 +76,19 @@ impl MixerConfig {
             Self::Mamba(c) => {
                 format!("mamba d_inner {} d_state {} d_conv {}", c.d_inner, c.d_state, c.d_conv)
             }
+            Self::Attention(c) => {
+                let (window, rotary) = (c.window.unwrap_or(0), c.rotary);
+                format!("attention {} x {} window {window} {rotary:?}", c.kv_heads, c.head_dim)
+            }
+            Self::ModalHyena(c) => format!("modal_hyena {} taps {} {:?}", c.d_model, c.short_taps, c.filter),
             Self::Retention(c) => {
                 format!("retention heads {} key {} value {}", c.heads, c.head_key, c.head_value)
+            }
+            Self::Hyena(c) => {
+                format!(
+                    "hyena d_model {} order {} l_max {} taps {}",
+                    c.d_model, c.order, c.l_max, c.short_filter
+                )
             }
         }
     }
@@ -60,7 +97,10 @@ impl MixerConfig {
     pub(crate) fn init(&self, rng: &mut impl Rng, residual_scale: f64) -> Result<Vec<(String, Tensor)>> {
         match self {
             Self::Mamba(config) => Mamba::init(config, rng, residual_scale),
+            Self::Attention(config) => config.init(rng, residual_scale),
+            Self::ModalHyena(config) => ModalHyena::init(config, rng, residual_scale),
             Self::Retention(config) => MultiScaleRetention::init(config, rng, residual_scale),
+            Self::Hyena(config) => Hyena::init(config, rng, residual_scale),
         }
     }
 }
@@ -69,14 +109,20 @@ impl MixerConfig {
 #[derive(Clone, Debug)]
 pub(crate) enum Mixer {
     Mamba(Mamba),
+    Attention(Attention),
+    ModalHyena(ModalHyena),
     Retention(MultiScaleRetention),
+    Hyena(Hyena),
 }
 
 impl Mixer {
     pub(crate) fn new(config: &MixerConfig, vb: VarBuilder) -> Result<Self> {
         Ok(match config {
             MixerConfig::Mamba(config) => Self::Mamba(Mamba::new(config, vb)?),
+            MixerConfig::Attention(config) => Self::Attention(Attention::new(config, vb)?),
+            MixerConfig::ModalHyena(config) => Self::ModalHyena(ModalHyena::new(config, vb)?),
             MixerConfig::Retention(config) => Self::Retention(MultiScaleRetention::new(config, vb)?),
+            MixerConfig::Hyena(config) => Self::Hyena(Hyena::new(config, vb)?),
         })
     }
 
@@ -92,8 +138,20 @@ impl Mixer {
             (Self::Mamba(mixer), Some(MixerState::Mamba(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
+            (Self::Attention(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Attention(mixer), Some(MixerState::Attention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (Self::ModalHyena(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::ModalHyena(mixer), Some(MixerState::ModalHyena(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
             (Self::Retention(mixer), None) => mixer.forward_segments(x, segments, None),
             (Self::Retention(mixer), Some(MixerState::Retention(state))) => {
+                mixer.forward_segments(x, segments, Some(state))
+            }
+            (Self::Hyena(mixer), None) => mixer.forward_segments(x, segments, None),
+            (Self::Hyena(mixer), Some(MixerState::Hyena(state))) => {
                 mixer.forward_segments(x, segments, Some(state))
             }
             (mixer, Some(state)) => {
@@ -107,14 +165,17 @@ impl Mixer {
     pub(crate) fn init_state(&self, batch: usize) -> Result<MixerState> {
         Ok(match self {
             Self::Mamba(mixer) => MixerState::Mamba(mixer.init_state(batch)?),
+            Self::Attention(mixer) => MixerState::Attention(mixer.init_state(batch)?),
+            Self::ModalHyena(mixer) => MixerState::ModalHyena(mixer.init_state(batch)?),
             Self::Retention(mixer) => MixerState::Retention(mixer.init_state(batch)?),
+            Self::Hyena(mixer) => MixerState::Hyena(mixer.init_state(batch)?),
         })
     }
 
     /// Chooses among equal forms of the same function, where the mixer has several; returns whether it has.
     pub(crate) fn set_form(&mut self, form: Form) -> Result<bool> {
         match self {
-            Self::Mamba(_) => Ok(false),
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Hyena(_) => Ok(false),
             Self::Retention(mixer) => mixer.set_form(form).map(|()| true),
         }
     }
@@ -123,7 +184,10 @@ impl Mixer {
     fn name(&self) -> &'static str {
         match self {
             Self::Mamba(_) => "mamba",
+            Self::Attention(_) => "attention",
+            Self::ModalHyena(_) => "modal_hyena",
             Self::Retention(_) => "retention",
+            Self::Hyena(_) => "hyena",
         }
     }
 }
@@ -134,8 +198,14 @@ impl Mixer {
 pub enum MixerState {
     /// See [`MambaState`].
     Mamba(MambaState),
+    /// See [`AttentionState`].
+    Attention(AttentionState),
+    /// See [`ModalHyenaState`].
+    ModalHyena(ModalHyenaState),
     /// See [`RetentionState`].
     Retention(RetentionState),
+    /// See [`HyenaState`].
+    Hyena(HyenaState),
 }
 
 impl MixerState {
@@ -143,8 +213,16 @@ impl MixerState {
     pub(crate) fn mixer(&self) -> &'static str {
         match self {
             Self::Mamba(_) => "mamba",
+            Self::Attention(_) => "attention",
+            Self::ModalHyena(_) => "modal_hyena",
             Self::Retention(_) => "retention",
+            Self::Hyena(_) => "hyena",
         }
+    }
+
+    /// Whether its tensors are all of it.
+    pub(crate) fn is_tensors(&self) -> bool {
+        !matches!(self, Self::Hyena(_))
     }
 
     /// The state of the mixer that goes by that name, from its tensors and the tokens each row has had; none if there
@@ -156,38 +234,86 @@ impl MixerState {
     ) -> Result<Option<Self>> {
         Ok(match mixer {
             "mamba" => Some(Self::Mamba(MambaState { conv: get("conv")?, scan: get("scan")? })),
+            // the window comes from the layer, where the state is used
+            "attention" => {
+                Some(Self::Attention(AttentionState::new(get("k")?, get("v")?, positions.to_vec(), None)))
+            }
+            "modal_hyena" => {
+                Some(Self::ModalHyena(ModalHyenaState { short: get("short")?, filter: get("filter")? }))
+            }
             "retention" => Some(Self::Retention(RetentionState::from_tensors(get, positions)?)),
+            "hyena" => Some(Self::Hyena(HyenaState::from_tensors(get("conv")?, &get("past")?, positions)?)),
             _ => None,
         })
     }
 }
 
+/// The same call on whichever state it is.
+macro_rules! each {
+    ($self:expr, $state:ident => $call:expr) => {
+        match $self {
+            Self::Mamba($state) => $call,
+            Self::Attention($state) => $call,
+            Self::ModalHyena($state) => $call,
+            Self::Retention($state) => $call,
+            Self::Hyena($state) => $call,
+        }
+    };
+    ($self:expr, $state:ident => $call:expr, wrapped) => {
+        Ok(match $self {
+            Self::Mamba($state) => Self::Mamba($call?),
+            Self::Attention($state) => Self::Attention($call?),
+            Self::ModalHyena($state) => Self::ModalHyena($call?),
+            Self::Retention($state) => Self::Retention($call?),
+            Self::Hyena($state) => Self::Hyena($call?),
+        })
+    };
+}
+
 impl LayerState for MixerState {
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors(),
-            Self::Retention(state) => state.tensors(),
-        }
+        each!(self, state => state.tensors())
     }
 
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
-        match self {
-            Self::Mamba(state) => state.tensors_mut(),
-            Self::Retention(state) => state.tensors_mut(),
-        }
+        each!(self, state => state.tensors_mut())
+    }
+
+    fn saved(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        each!(self, state => state.saved())
+    }
+
+    fn is_tracked(&self) -> bool {
+        each!(self, state => state.is_tracked())
     }
 
     fn positions_mut(&mut self) -> Option<&mut Vec<usize>> {
-        match self {
-            Self::Mamba(state) => state.positions_mut(),
-            Self::Retention(state) => state.positions_mut(),
-        }
+        each!(self, state => state.positions_mut())
     }
 
     fn reset(&mut self) -> Result<()> {
+        each!(self, state => state.reset())
+    }
+
+    fn detach(&self) -> Self {
         match self {
-            Self::Mamba(state) => state.reset(),
-            Self::Retention(state) => state.reset(),
+            Self::Mamba(state) => Self::Mamba(state.detach()),
+            Self::Attention(state) => Self::Attention(state.detach()),
+            Self::ModalHyena(state) => Self::ModalHyena(state.detach()),
+            Self::Retention(state) => Self::Retention(state.detach()),
+            Self::Hyena(state) => Self::Hyena(state.detach()),
         }
+    }
+
+    fn select(&self, rows: &[usize]) -> Result<Self> {
+        each!(self, state => state.select(rows), wrapped)
+    }
+
+    fn batch(&self) -> usize {
+        each!(self, state => state.batch())
+    }
+
+    fn bytes(&self) -> usize {
+        each!(self, state => state.bytes())
     }
 }

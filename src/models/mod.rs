@@ -11,6 +11,7 @@ mod forward;
 mod language_model;
 mod load;
 mod mixer;
+mod pattern;
 mod save;
 mod state;
 pub(crate) mod weights;

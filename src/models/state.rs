@@ -78,8 +78,8 @@ impl ModelState {
         let mut tensors = BTreeMap::new();
         tensors.insert("positions".to_string(), Tensor::from_vec(positions, self.batch(), &Device::Cpu)?);
         for (i, block) in self.blocks.iter().enumerate() {
-            for (name, tensor) in block.tensors() {
-                tensors.insert(format!("blocks.{i}.{name}"), tensor.clone());
+            for (name, tensor) in block.saved()? {
+                tensors.insert(format!("blocks.{i}.{name}"), tensor);
             }
         }
         let mixers: Vec<&str> = self.blocks.iter().map(MixerState::mixer).collect();

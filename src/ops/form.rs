@@ -1,9 +1,11 @@
 //! Equal ways of computing a recurrence.
 
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// How a recurrence that has several equal forms is computed; results agree up to rounding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Form {
     /// Whatever is fastest for the shape.
     #[default]

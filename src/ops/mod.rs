@@ -6,9 +6,12 @@
 //! are batch first.
 
 pub mod activation;
+pub mod attention;
 pub mod causal_conv1d;
 mod form;
 pub mod linear;
+pub mod long_conv;
+pub mod modal_conv;
 pub mod norm;
 pub mod retention;
 pub mod rotary;
@@ -16,9 +19,12 @@ pub mod segments;
 pub mod selective_scan;
 
 pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
+pub use attention::{Attention, attention};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use form::Form;
 pub use linear::linear;
+pub use long_conv::{FilterCache, LongConv, LongConvState, StreamConv, long_conv, long_conv_with_state};
+pub use modal_conv::{ModalConv, Poles, modal_conv};
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
 pub use retention::{Retention, retention};
 pub use rotary::{Rotary, RotaryStyle, rotary};

@@ -144,6 +144,12 @@ impl Segments {
         Self { rows, length: tokens.len() }
     }
 
+    /// Whether some token is padding.
+    pub(crate) fn any_padding(&self) -> bool {
+        let tokens = |runs: &Vec<Run>| runs.iter().map(|run| run.tokens.len()).sum::<usize>();
+        self.rows.iter().any(|runs| tokens(runs) < self.length)
+    }
+
     /// Checks that this describes `[batch, length]` tokens.
     pub(crate) fn check(&self, name: &str, batch: usize, length: usize) -> Result<()> {
         if (self.batch(), self.length) == (batch, length) {

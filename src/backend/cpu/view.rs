@@ -68,6 +68,15 @@ impl<'a, E: Element> Rows<'a, E> {
         &self.data[offset..offset + self.width]
     }
 
+    /// The data from the row at `index` on, and how far apart the rows along dimension `along` lie; panics outside the
+    /// tensor.
+    pub(crate) fn from<const R: usize>(&self, index: [usize; R], along: usize) -> (&'a [E], usize) {
+        assert_eq!(R, self.dims.len());
+        assert!(index.iter().zip(self.dims).all(|(i, n)| i < n));
+        let offset: usize = index.iter().zip(self.strides).map(|(i, stride)| i * stride).sum();
+        (&self.data[offset..], self.strides[along])
+    }
+
     /// The length of a row.
     pub(crate) fn width(&self) -> usize {
         self.width

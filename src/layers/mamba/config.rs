@@ -3,9 +3,11 @@
 use crate::layers::Parameter;
 use crate::layers::parameter::check_sizes;
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// How a time step projection starts out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TimeStepScheme {
     /// Uniform in `±scale dt_rank^-1/2`.
     Random,
@@ -14,7 +16,8 @@ pub enum TimeStepScheme {
 }
 
 /// The range of the time steps at initialisation: `dt = exp(U[ln min, ln max])`, at least `floor`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TimeStepInit {
     /// The shortest step.
     pub min: f64,
@@ -35,7 +38,8 @@ impl Default for TimeStepInit {
 }
 
 /// The sizes and options of a [`Mamba`](super::Mamba) layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MambaConfig {
     /// Width of input and output, `D`.
     pub d_model: usize,
@@ -51,8 +55,11 @@ pub struct MambaConfig {
     pub bias: bool,
     /// A bias on the convolution.
     pub conv_bias: bool,
-    /// Weightless RMS norms with this epsilon on dt (before `dt_proj`), B and C, as FalconMamba has them.
+    /// RMS norms with this epsilon on dt (before `dt_proj`), B and C, as FalconMamba and Jamba have them.
     pub inner_norm_eps: Option<f64>,
+    /// Weights on these norms, `dt_layernorm`, `b_layernorm` and `c_layernorm`, as Jamba has them.
+    #[serde(default)]
+    pub inner_norm_weight: bool,
     /// Used by [`Mamba::init`](super::Mamba::init) only.
     pub time_step: TimeStepInit,
 }
@@ -69,6 +76,7 @@ impl MambaConfig {
             bias: false,
             conv_bias: true,
             inner_norm_eps: None,
+            inner_norm_weight: false,
             time_step: TimeStepInit::default(),
         }
     }
@@ -110,6 +118,11 @@ impl MambaConfig {
         all.push(Parameter::new("conv1d.weight", &[inner, 1, self.d_conv]));
         if self.conv_bias {
             all.push(Parameter::new("conv1d.bias", &[inner]));
+        }
+        for (name, width) in [("dt", self.dt_rank), ("b", n), ("c", n)] {
+            if self.inner_norm_weight {
+                all.push(Parameter::new(&format!("{name}_layernorm.weight"), &[width]));
+            }
         }
         let selected = self.dt_rank.saturating_add(n.saturating_mul(2));
         all.extend([

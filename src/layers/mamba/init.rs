@@ -37,6 +37,9 @@ impl Mamba {
                         TimeStepScheme::Constant => filled(shape, |_| bound)?,
                     }
                 }
+                "dt_layernorm.weight" | "b_layernorm.weight" | "c_layernorm.weight" => {
+                    filled(shape, |_| 1.0)?
+                }
                 "A_log" => filled(shape, |i| ((i % config.d_state + 1) as f64).ln())?,
                 "D" => filled(shape, |_| 1.0)?,
                 "in_proj.bias" | "out_proj.bias" => filled(shape, |_| 0.0)?,

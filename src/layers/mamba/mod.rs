@@ -3,7 +3,7 @@
 //! ```text
 //! [u, z]       = in_proj(x)
 //! u            = SiLU(conv1d(u))                         causal, depthwise
-//! [dt, B, C]   = x_proj(u)                               (FalconMamba: each through a weightless RMS norm)
+//! [dt, B, C]   = x_proj(u)                               (FalconMamba, Jamba: each through an RMS norm)
 //! delta        = softplus(dt_proj(dt))                   bias included
 //! h_t          = exp(delta_t A) h_(t-1) + delta_t B_t u_t        A = -exp(A_log)
 //! y_t          = (C_t h_t + D u_t) SiLU(z_t)
@@ -38,6 +38,8 @@ pub struct Mamba {
     conv_weight: Tensor,
     conv_bias: Option<Tensor>,
     x_proj: Tensor,
+    /// Weights of the norms of dt, B and C, where they have any.
+    inner_norms: [Option<Tensor>; 3],
     dt_weight: Tensor,
     dt_bias: Tensor,
     decay: Decay,
@@ -89,6 +91,11 @@ impl Mamba {
             conv_weight: read.get("conv1d.weight")?,
             conv_bias: read.maybe("conv1d.bias")?,
             x_proj: read.get("x_proj.weight")?,
+            inner_norms: [
+                read.maybe("dt_layernorm.weight")?,
+                read.maybe("b_layernorm.weight")?,
+                read.maybe("c_layernorm.weight")?,
+            ],
             dt_weight: read.get("dt_proj.weight")?,
             dt_bias: read.get("dt_proj.bias")?,
             decay: Decay::new(read.get("A_log")?)?,
@@ -170,20 +177,21 @@ impl Mamba {
             segments,
         })?;
         let selected = linear(&u, &self.x_proj, None)?;
-        let part = |start, width| -> Result<Tensor> {
+        let part = |start, width, weight: &Option<Tensor>| -> Result<Tensor> {
             let part = selected.narrow(D::Minus1, start, width)?;
             match c.inner_norm_eps {
-                Some(eps) => rms_norm(&part, None, eps),
+                Some(eps) => rms_norm(&part, weight.as_ref(), eps),
                 None => Ok(part),
             }
         };
-        let dt = part(0, c.dt_rank)?;
+        let [of_dt, of_b, of_c] = &self.inner_norms;
+        let dt = part(0, c.dt_rank, of_dt)?;
         let (y, scan) = selective_scan(&SelectiveScan {
             u: &u,
             delta: &linear(&dt, &self.dt_weight, None)?,
             a: &self.decay.a()?,
-            b: &part(c.dt_rank, c.d_state)?,
-            c: &part(c.dt_rank + c.d_state, c.d_state)?,
+            b: &part(c.dt_rank, c.d_state, of_b)?,
+            c: &part(c.dt_rank + c.d_state, c.d_state, of_c)?,
             d: Some(&self.d),
             z: Some(&z),
             delta_bias: Some(&self.dt_bias),

@@ -4,9 +4,11 @@ use crate::layers::parameter::check_sizes;
 use crate::layers::{Linear, NormConfig, Parameter};
 use crate::ops::{Activation, Form, RotaryStyle};
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// The decay of each head, gamma.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum HeadDecay {
     /// `1 - 2^(-5 - h)`, as in the paper's experiments.
     Geometric,
@@ -32,7 +34,8 @@ impl HeadDecay {
 }
 
 /// The angle per position of each pair of channels.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RotaryAngles {
     /// `base^(-2 i / K)`, as fla and most of the field have it.
     Open,
@@ -41,7 +44,8 @@ pub enum RotaryAngles {
 }
 
 /// Rotary position embedding of queries and keys.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RetentionRotary {
     /// Which channels turn together.
     pub style: RotaryStyle,
@@ -69,7 +73,8 @@ impl RetentionRotary {
 /// They differ by what the epsilon weighs, which for inputs of unit size is below 1e-4 of the output at an epsilon of
 /// 1e-6, and grows to some 5e-2 where the keys are a hundred times smaller (measured; the larger figure is that of
 /// torchscale's parallel form against its chunkwise form).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RetentionScaling {
     /// Nothing, as fla has it.
     None,
@@ -88,7 +93,8 @@ pub enum RetentionScaling {
 }
 
 /// The norm over the values of each head.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HeadNorm {
     /// RMS norm, or layer norm (group norm over the heads).
     pub kind: NormConfig,
@@ -97,7 +103,8 @@ pub struct HeadNorm {
 }
 
 /// A short convolution with SiLU on queries, keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ShortConv {
     /// Taps.
     pub width: usize,
@@ -106,7 +113,8 @@ pub struct ShortConv {
 }
 
 /// The sizes and options of a [`MultiScaleRetention`](super::MultiScaleRetention) layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RetentionConfig {
     /// Width of input and output, `D`.
     pub d_model: usize,

@@ -272,6 +272,7 @@ impl MultiScaleRetention {
         let [weight, bias] = &self.norm;
         let (kind, eps) = match self.config.norm.kind {
             NormConfig::Rms { eps } => (NormKind::Rms, eps),
+            NormConfig::RmsOutside { eps } => (NormKind::RmsOutside, eps),
             NormConfig::Layer { eps } => (NormKind::Layer, eps),
         };
         let arguments = Norm { kind, weight: weight.as_ref(), bias: bias.as_ref(), eps, group_size: None };

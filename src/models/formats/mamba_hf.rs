@@ -67,6 +67,7 @@ pub(super) fn read_shared(keys: &Keys, family: Family, inner_norm_eps: Option<f6
         bias: keys.flag("use_bias", false)?,
         conv_bias: keys.flag("use_conv_bias", true)?,
         inner_norm_eps,
+        inner_norm_weight: false,
         time_step: TimeStepInit {
             min: keys.number("time_step_min", 1e-3)?,
             max: keys.number("time_step_max", 0.1)?,

@@ -76,6 +76,7 @@ fn mixer(keys: &Keys, hidden_size: usize) -> Result<MambaConfig> {
         bias: keys.flag("bias", false)?,
         conv_bias: keys.flag("conv_bias", true)?,
         inner_norm_eps: None,
+        inner_norm_weight: false,
         time_step: TimeStepInit {
             min: keys.number("dt_min", 1e-3)?,
             max: keys.number("dt_max", 0.1)?,
@@ -92,8 +93,8 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
     let mixer = mamba_mixer(common("mixer", config.blocks.iter().map(|block| &block.mixer))?)?;
     let norm = common("norm", config.blocks.iter().map(|block| block.norm))?;
     let mlp = common("mlp", config.blocks.iter().map(|block| block.mlp))?;
-    let (NormConfig::Rms { eps } | NormConfig::Layer { eps }) = norm;
-    if eps != EPS {
+    let (NormConfig::Rms { eps } | NormConfig::RmsOutside { eps } | NormConfig::Layer { eps }) = norm;
+    if eps != EPS || matches!(norm, NormConfig::RmsOutside { .. }) {
         return Err(Error::value("norm: eps", format!("{EPS}, as the original has it"), eps));
     }
     let t = &mixer.time_step;

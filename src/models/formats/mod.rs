@@ -6,9 +6,15 @@
 //! | [`Family::Mamba`] | `"model_type": "mamba"` | transformers (`state-spaces/mamba-*-hf`) |
 //! | [`Family::FalconMamba`] | `"model_type": "falcon_mamba"` | transformers (`tiiuae/falcon-mamba-*`) |
 //! | [`Family::MambaOriginal`] | `d_model` and `n_layer`, no `model_type` | mamba-ssm (`state-spaces/mamba-*`) |
+//! | [`Family::StripedHyena`] | `"model_type": "stripedhyena"`, or `hyena_layer_idxs` | stripedhyena (StripedHyena, Evo) |
+//! | [`Family::Evo2`] | `hcl_layer_idxs` | vtx (Evo 2) |
+//! | [`Family::Jamba`] | `"model_type": "jamba"` | transformers (`ai21labs/Jamba-*`), without experts |
+//! | [`Family::Hybrid`] | `"model_type": "subquadratic"` | this crate's own, for any blocks |
 //! | [`Family::RetNet`] | `"model_type": "retnet"` | fla (`fla-hub/retnet-*`) |
 //! | [`Family::RetNetTorchscale`] | `decoder_embed_dim`, no `model_type` | torchscale's `RetNetDecoder` |
 //! | [`Family::RetNetPort`] | `decoder_embed_dim` and `"model_type": "retnet"` | torchscale's, ported to transformers by syncdoth |
+//! | [`Family::HyenaDna`] | `"model_type": "hyenadna"` | transformers (`LongSafari/hyenadna-*-hf`) |
+//! | [`Family::HyenaDnaTraining`] | `d_model` and `layer`, no `model_type` | hyena-dna's training code (`LongSafari/hyenadna-*`) and safari |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -19,13 +25,18 @@
 //! 4. it is unknown, but `null`, `false` or empty, as an absent feature is written: ignored;
 //! 5. anything else is refused by name, for it might change the function.
 
+mod evo2;
 mod falcon_mamba;
+mod hybrid;
+mod hyena_dna;
+mod jamba;
 mod keys;
 mod mamba_hf;
 mod mamba_original;
 mod names;
 mod retnet_fla;
 mod retnet_torchscale;
+mod striped_hyena;
 
 use super::{MixerConfig, ModelConfig, SpecialTokens};
 use crate::{Error, Result};
@@ -35,7 +46,7 @@ use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// A checkpoint family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Family {
     /// transformers' `mamba`.
@@ -44,6 +55,15 @@ pub enum Family {
     MambaOriginal,
     /// transformers' `falcon_mamba`.
     FalconMamba,
+    /// The package stripedhyena and its directories for transformers: StripedHyena, Evo.
+    StripedHyena,
+    /// The package vtx: Evo 2.
+    Evo2,
+    /// transformers' `jamba`, without experts.
+    Jamba,
+    /// This crate's own layout, for any blocks.
+    #[default]
+    Hybrid,
     /// fla's `retnet`.
     RetNet {
         /// Whether the norm of the heads is named for being fused with the gate.
@@ -56,6 +76,10 @@ pub enum Family {
         /// Whether the MLPs are gated.
         glu: bool,
     },
+    /// HyenaDNA in transformers.
+    HyenaDna,
+    /// HyenaDNA as its training code saves it.
+    HyenaDnaTraining,
 }
 
 impl Family {
@@ -65,19 +89,29 @@ impl Family {
             Self::Mamba => "mamba",
             Self::MambaOriginal => "mamba (original)",
             Self::FalconMamba => "falcon_mamba",
+            Self::StripedHyena => "stripedhyena",
+            Self::Evo2 => "evo2",
+            Self::Jamba => "jamba",
+            Self::Hybrid => "hybrid",
             Self::RetNet { .. } => "retnet",
             Self::RetNetTorchscale => "retnet (torchscale)",
             Self::RetNetPort { .. } => "retnet (torchscale, transformers)",
+            Self::HyenaDna => "hyenadna",
+            Self::HyenaDnaTraining => "hyenadna (training)",
         }
     }
 
     /// The name that this family's files have for a parameter of ours.
     pub(crate) fn upstream_name(self, own: &str) -> String {
         match self {
-            Self::Mamba | Self::FalconMamba => own.to_string(),
+            Self::Mamba | Self::FalconMamba | Self::Hybrid => own.to_string(),
             Self::MambaOriginal => mamba_original::upstream_name(own),
+            Self::StripedHyena => striped_hyena::upstream_name(own, "backbone."),
+            Self::Evo2 => striped_hyena::upstream_name(own, ""),
+            Self::Jamba => jamba::upstream_name(own),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).upstream(own),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).upstream(own),
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::names(self).upstream(own),
         }
     }
 
@@ -86,10 +120,26 @@ impl Family {
         match self {
             // files converted early call the embedding as the original does; transformers reads them too
             Self::Mamba | Self::MambaOriginal => mamba_original::own_name(upstream),
-            Self::FalconMamba => upstream.to_string(),
+            Self::FalconMamba | Self::Hybrid => upstream.to_string(),
+            Self::StripedHyena | Self::Evo2 => striped_hyena::own_name(upstream),
+            Self::Jamba => jamba::own_name(upstream),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).own(upstream),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).own(upstream),
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::own_name(self, upstream),
         }
+    }
+
+    /// The parameter that a tensor of ours by name is another name of.
+    pub(crate) fn shared(self, own: &str) -> Option<String> {
+        match self {
+            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::shared(own),
+            _ => None,
+        }
+    }
+
+    /// Whether files of this family hold the tensor without need.
+    pub(crate) fn ignores(self, upstream: &str) -> bool {
+        matches!(self, Self::StripedHyena | Self::Evo2) && striped_hyena::ignores(upstream)
     }
 
     /// Tensors that this family's files hold though they follow from the config: upstream name and values.
@@ -102,9 +152,12 @@ impl Family {
 
     /// Whether the config names the dtype of the weights.
     fn names_dtype(self) -> bool {
-        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale)
+        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale | Self::HyenaDnaTraining)
     }
 }
+
+/// What `model_type` may say.
+const MODEL_TYPES: &str = "mamba, falcon_mamba, retnet, hyenadna, stripedhyena, evo2, jamba or subquadratic";
 
 /// The model that a `config.json` describes.
 pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
@@ -112,15 +165,25 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
     let config = match keys.text("model_type")?.as_deref() {
         Some("mamba") => mamba_hf::read(&keys)?,
         Some("falcon_mamba") => falcon_mamba::read(&keys)?,
+        Some("stripedhyena") => striped_hyena::read(&keys)?,
+        Some("evo2") => evo2::read(&keys)?,
+        Some("jamba") => jamba::read(&keys)?,
+        Some(hybrid::MODEL_TYPE) => hybrid::read(&keys)?,
         Some("retnet") if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, true)?,
         Some("retnet") => retnet_fla::read(&keys)?,
-        Some(other) => return Err(keys.wrong("model_type", "mamba, falcon_mamba or retnet", other)),
+        Some("hyenadna") => hyena_dna::read(&keys)?,
+        Some(other) => return Err(keys.wrong("model_type", MODEL_TYPES, other)),
+        None if keys.has("d_model") && keys.has("layer") => hyena_dna::read_training(&keys)?,
         None if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, false)?,
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
+        None if keys.has("hcl_layer_idxs") => evo2::read(&keys)?,
+        None if keys.has("hyena_layer_idxs") || keys.has("attn_layer_idxs") => striped_hyena::read(&keys)?,
         None => {
-            let expected = "mamba, falcon_mamba or retnet (or the keys d_model and n_layer of mamba-ssm, or \
-                            decoder_embed_dim of torchscale)";
-            return Err(keys.wrong("model_type", expected, "nothing"));
+            let expected = format!(
+                "{MODEL_TYPES} (or the keys d_model and n_layer of mamba-ssm, decoder_embed_dim of torchscale, \
+                 hyena_layer_idxs of stripedhyena, hcl_layer_idxs of vtx, or d_model and layer of hyena-dna)"
+            );
+            return Err(keys.wrong("model_type", &expected, "nothing"));
         }
     };
     keys.refuse_unknown()?;
@@ -147,8 +210,13 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::Mamba => mamba_hf::write(config),
         Family::MambaOriginal => mamba_original::write(config),
         Family::FalconMamba => falcon_mamba::write(config),
+        Family::StripedHyena => striped_hyena::write(config),
+        Family::Evo2 => evo2::write(config),
+        Family::Jamba => jamba::write(config),
+        Family::Hybrid => hybrid::write(config),
         Family::RetNet { fused_norm } => retnet_fla::write(config, fused_norm),
         Family::RetNetTorchscale | Family::RetNetPort { .. } => retnet_torchscale::write(config),
+        Family::HyenaDna | Family::HyenaDnaTraining => hyena_dna::write(config),
     }?;
     if config.family.names_dtype() {
         let name = match dtype {

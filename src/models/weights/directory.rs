@@ -19,13 +19,14 @@ impl WeightFiles {
     /// Finds the weights of `dir` and reads their headers.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         type Open = fn(&Path) -> Result<BTreeMap<String, Entry>>;
-        let candidates: [(&str, Open); 4] = [
+        let candidates: [(&str, Open); 5] = [
             ("model.safetensors", |path| Ok(SafeTensorsFile::open(path)?.entries().clone())),
             ("model.safetensors.index.json", |path| {
                 sharded(path, |p| Ok(SafeTensorsFile::open(p)?.entries().clone()))
             }),
             ("pytorch_model.bin", pytorch::entries),
             ("pytorch_model.bin.index.json", |path| sharded(path, pytorch::entries)),
+            ("weights.ckpt", pytorch::entries),
         ];
         for (name, open) in candidates {
             let path = dir.join(name);

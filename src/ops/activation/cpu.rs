@@ -70,6 +70,7 @@ impl Activation {
             Self::Gelu => gelu(s, x)[0],
             Self::GeluTanh => gelu_tanh(s, x)[0],
             Self::Relu => s.max(s.splat(T::ZERO), x),
+            Self::Identity => x,
         }
     }
 
@@ -88,6 +89,7 @@ impl Activation {
                 let scaled = s.mul(s.mul(y, s.splat(T::from_f64(1e30))), s.splat(T::from_f64(1e30)));
                 [y, s.min(s.splat(T::ONE), scaled)]
             }
+            Self::Identity => [x, s.splat(T::ONE)],
         }
     }
 }
@@ -222,10 +224,14 @@ impl<T: Real, E: Element<Real = T>> Kernel<T> for Apply<'_, E> {
                 self.each(s, Function::Activation(Activation::GeluTanh))
             }
             Function::Activation(Activation::Relu) => self.each(s, Function::Activation(Activation::Relu)),
+            Function::Activation(Activation::Identity) => {
+                self.each(s, Function::Activation(Activation::Identity))
+            }
             Function::Gate(Activation::Silu) => self.each(s, Function::Gate(Activation::Silu)),
             Function::Gate(Activation::Gelu) => self.each(s, Function::Gate(Activation::Gelu)),
             Function::Gate(Activation::GeluTanh) => self.each(s, Function::Gate(Activation::GeluTanh)),
             Function::Gate(Activation::Relu) => self.each(s, Function::Gate(Activation::Relu)),
+            Function::Gate(Activation::Identity) => self.each(s, Function::Gate(Activation::Identity)),
         }
     }
 }

@@ -23,9 +23,11 @@ use super::accumulation_dtype;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use cpu::{Function, on_cpu};
+use serde::{Deserialize, Serialize};
 
 /// The activation of a feed-forward layer or a gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `x sigmoid(x)`, also called swish.
     Silu,
@@ -35,16 +37,19 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`
     Relu,
+    /// `x`: a gate is then a plain product.
+    Identity,
 }
 
 impl Activation {
-    /// Its name in configs: `silu`, `gelu`, `gelu_tanh` or `relu`.
+    /// Its name in configs: `silu`, `gelu`, `gelu_tanh`, `relu` or `identity`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Silu => "silu",
             Self::Gelu => "gelu",
             Self::GeluTanh => "gelu_tanh",
             Self::Relu => "relu",
+            Self::Identity => "identity",
         }
     }
 
@@ -55,6 +60,7 @@ impl Activation {
             "gelu" => Some(Self::Gelu),
             "gelu_tanh" | "gelu_new" | "gelu_pytorch_tanh" => Some(Self::GeluTanh),
             "relu" => Some(Self::Relu),
+            "identity" => Some(Self::Identity),
             _ => None,
         }
     }

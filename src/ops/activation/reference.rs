@@ -36,6 +36,7 @@ pub fn activate_reference(x: &Tensor, activation: Activation) -> Result<Tensor> 
             ((&s * (u.tanh()? + 1.0)?)? * 0.5)?
         }
         Activation::Relu => s.relu()?,
+        Activation::Identity => s,
     };
     Ok(y.to_dtype(x.dtype())?)
 }

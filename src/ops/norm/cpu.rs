@@ -54,7 +54,7 @@ pub(super) struct Problem<'a, E: Element, R: Element<Real = E::Real>> {
     /// Whether the norm is rounded before the weight is applied.
     pub(super) rounds: bool,
     pub(super) gate_after: bool,
-    eps: E::Real,
+    pub(super) eps: E::Real,
     pub(super) weight: Option<Vec<E::Real>>,
     bias: Option<Vec<E::Real>>,
     pub(super) x: Rows<'a, E>,
@@ -78,7 +78,7 @@ impl<'a, E: Element, R: Element<Real = E::Real>> Problem<'a, E, R> {
             channels: locks.x.rows::<E>()?.width(),
             group,
             kind: norm.kind,
-            rounds: norm.kind == NormKind::Rms && input.z.is_none(),
+            rounds: norm.kind != NormKind::Layer && input.z.is_none(),
             gate_after: input.norm_before_gate,
             eps: E::Real::from_f64(norm.eps),
             weight: wide(norm.weight)?,
@@ -153,14 +153,19 @@ impl<'a, E: Element, R: Element<Real = E::Real>> Problem<'a, E, R> {
             s.sum(sum)
         };
         let mean = match self.kind {
-            NormKind::Rms => E::Real::ZERO,
+            NormKind::Rms | NormKind::RmsOutside => E::Real::ZERO,
             NormKind::Layer => sum(&|value| value) / count,
         };
         let square = |value| {
             let centred = s.sub(value, s.splat(mean));
             s.mul(centred, centred)
         };
-        Moments { mean, scale: E::Real::ONE / (sum(&square) / count + self.eps).sqrt() }
+        let square = sum(&square) / count;
+        let root = match self.kind {
+            NormKind::RmsOutside => square.sqrt() + self.eps,
+            NormKind::Rms | NormKind::Layer => (square + self.eps).sqrt(),
+        };
+        Moments { mean, scale: E::Real::ONE / root }
     }
 
     /// The normalised values, before weight and bias.

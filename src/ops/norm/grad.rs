@@ -231,9 +231,15 @@ impl<T: Real, E: Element<Real = T>, R: Element<Real = T>> Backward<'_, E, R> {
             product = s.fma(slope, normal, product);
         }
         let count = T::from_f64(p.group as f64);
-        let product = s.splat(s.sum(product) / count);
+        let mut product = s.sum(product) / count;
+        if p.kind == NormKind::RmsOutside {
+            // the root alone, without eps, is what moves
+            let root = T::ONE / moments.scale - p.eps;
+            product = if root > T::ZERO { product / (moments.scale * root) } else { T::ZERO };
+        }
+        let product = s.splat(product);
         let mean = match p.kind {
-            NormKind::Rms => zero,
+            NormKind::Rms | NormKind::RmsOutside => zero,
             NormKind::Layer => s.splat(s.sum(mean) / count),
         };
         let scale = s.splat(moments.scale);

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! RMS norm    n = s / sqrt(E[s^2] + eps)
+//!             n = s / (sqrt(E[s^2]) + eps)                with eps outside the root, as StripedHyena has it
 //! layer norm  n = (s - E[s]) / sqrt(E[(s - E[s])^2] + eps)
 //! y = n * weight + bias
 //! ```
@@ -12,7 +13,7 @@
 //! ([`gated_norm`]) `s = x SiLU(z)` before the norm, or `s = x` and `y SiLU(z)` after it.
 //!
 //! Sources: RMS norm, Zhang & Sennrich 2019; layer norm, Ba et al. 2016; grouped and gated as Mamba-2 (Dao & Gu 2024)
-//! uses them, `RMSNormGated` of the package mamba-ssm.
+//! uses them, `RMSNormGated` of the package mamba-ssm; `RMSNorm` of the package stripedhyena.
 //!
 //! # Low precision
 //! Statistics and products run in f32 (f64 for f64) and the result is rounded once to the dtype of `x`, with one
@@ -34,8 +35,10 @@ use candle_core::Tensor;
 /// Which statistics a norm takes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
-    /// The root mean square.
+    /// The root mean square, `eps` added to its square.
     Rms,
+    /// The root mean square, `eps` added to it.
+    RmsOutside,
     /// Mean and standard deviation.
     Layer,
 }
@@ -49,7 +52,7 @@ pub struct Norm<'a> {
     pub weight: Option<&'a Tensor>,
     /// `[D]`; zeros if `None`.
     pub bias: Option<&'a Tensor>,
-    /// Added to the mean square.
+    /// Added to the mean square, or to its root.
     pub eps: f64,
     /// Channels that are normalised together, a divisor of `D`; all if `None`.
     pub group_size: Option<usize>,

@@ -31,10 +31,14 @@ pub fn norm_reference(input: &NormInput, norm: &Norm) -> Result<(Tensor, Option<
     if norm.kind == NormKind::Layer {
         s = s.broadcast_sub(&s.mean_keepdim(D::Minus1)?)?;
     }
-    let scale = (s.sqr()?.mean_keepdim(D::Minus1)? + norm.eps)?.sqrt()?;
+    let square = s.sqr()?.mean_keepdim(D::Minus1)?;
+    let scale = match norm.kind {
+        NormKind::RmsOutside => (square.sqrt()? + norm.eps)?,
+        NormKind::Rms | NormKind::Layer => (square + norm.eps)?.sqrt()?,
+    };
     let mut y = s.broadcast_div(&scale)?.reshape(x.dims())?;
 
-    if norm.kind == NormKind::Rms && gate.is_none() {
+    if norm.kind != NormKind::Layer && gate.is_none() {
         y = y.to_dtype(dtype)?.to_dtype(wide)?;
     }
     if let Some(weight) = norm.weight {

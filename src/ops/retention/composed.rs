@@ -1,119 +1,229 @@
-//! The chunkwise form in tensor operations, for devices without a kernel of ours.
+//! The chunkwise form in tensor operations, for devices without a kernel: any device, differentiable by candle.
 
-use super::{Form, Retention, Segments, Sizes, accumulation_dtype};
+use super::{Retention, Sizes, plan};
 use crate::Result;
-use crate::ops::segments::{CONTINUE, PAD, START};
-use candle_core::{D, DType, Tensor};
+use crate::ops::segments::{PAD, START, Segments};
+use candle_core::{D, DType, Device, Tensor};
 
-/// Tokens of a chunk where none are asked for.
-const CHUNK: usize = 64;
-/// A decay below e to this is zero in every dtype.
-const FORGET: f64 = -1e3;
+/// Logarithms of decays from here down are zeros in the dtype of the state: resets.
+fn least_logarithm(dtype: DType) -> f64 {
+    if dtype == DType::F64 { -745.0 } else { -103.0 }
+}
 
-/// [`retention`](super::retention) in chunks of tensor operations: any device, differentiable by candle.
-pub fn retention_composed(args: &Retention) -> Result<(Tensor, Tensor)> {
-    let sizes = args.check()?;
-    let (b, t, h) = (sizes.batch, sizes.length, sizes.heads);
-    let dtype = accumulation_dtype(args.q.dtype());
-    let device = args.q.device();
+/// Retention of checked arguments, all of one dtype.
+pub(super) fn retention(args: &Retention, sizes: Sizes) -> Result<(Tensor, Tensor)> {
+    let Sizes { batch, length, heads, keys, values, .. } = sizes;
+    let (dtype, device) = (args.q.dtype(), args.q.device());
+    let size = plan::chunk(&sizes);
+    let marks = marks(args.segments, batch, length, dtype, device)?;
     let mut state = match args.initial_state {
-        Some(state) => state.to_dtype(dtype)?,
-        None => Tensor::zeros((b, h, sizes.key, sizes.value), dtype, device)?,
+        Some(state) => state.clone(),
+        None => Tensor::zeros((batch, heads, keys, values), dtype, device)?,
     };
-    if b == 0 || t == 0 {
-        return Ok((Tensor::zeros((b, t, h, sizes.value), args.q.dtype(), device)?, state));
-    }
-    let chunk = match args.form {
-        Form::Auto => CHUNK,
-        Form::Parallel => t,
-        Form::Chunkwise { chunk } => chunk,
-        Form::Recurrent => 1,
-    };
-    let [q, k, v] = [args.q, args.k, args.v].map(|x| heads_first(x, &sizes, dtype));
-    let (q, k, v) = (q?, k?, v?);
-    let (log, starts) = decays(args, &sizes, dtype)?;
-    let kept = keep(args.segments, &sizes, dtype, device)?;
-    let k = match &kept {
-        Some(kept) => k.broadcast_mul(kept)?,
-        None => k,
-    };
-    let mut parts = vec![];
-    for start in (0..t).step_by(chunk) {
-        let n = chunk.min(t - start);
-        let at = |x: &Tensor| x.narrow(2, start, n);
-        let (q, k, v) = (at(&q)?, at(&k)?, at(&v)?);
-        let from = lower(n, dtype, device)?;
-        let sums = |x: &Tensor| -> Result<Tensor> {
-            Ok(from.broadcast_as((b, h, n, n))?.matmul(&at(x)?.contiguous()?)?)
+    let mut outputs = vec![];
+    for start in (0..length).step_by(size) {
+        let tokens = size.min(length - start);
+        let log_decay = match sizes.per_token {
+            true => args.log_decay.narrow(1, start, tokens)?.transpose(1, 2)?.contiguous()?,
+            false => {
+                args.log_decay.reshape((1, heads, 1))?.broadcast_as((batch, heads, tokens))?.contiguous()?
+            }
         };
-        // [B, H, n, 1]: the logarithms summed, and how many sequences have begun
-        let (c, begun) = (sums(&log)?, sums(&starts)?);
-        let equal = |x: &Tensor, y: &Tensor| x.broadcast_eq(y)?.to_dtype(dtype);
-        let below = c.broadcast_sub(&c.transpose(2, 3)?)?.broadcast_mul(&from)?;
-        let together = equal(&begun, &begun.transpose(2, 3)?)?.broadcast_mul(&from)?;
-        let decay = (below.exp()? * together)?;
-        let inner = (q.matmul(&k.transpose(2, 3)?.contiguous()?)? * decay)?.matmul(&v)?;
-        let nothing = begun.zeros_like()?;
-        let reached = (c.exp()? * equal(&begun, &nothing)?)?;
-        parts.push(((inner + q.matmul(&state)?.broadcast_mul(&reached)?)? * args.scale)?);
-        let last = |x: &Tensor| x.narrow(2, n - 1, 1);
-        let left = (last(&c)?.broadcast_sub(&c)?.exp()? * equal(&begun, &last(&begun)?)?)?;
-        let update = k.broadcast_mul(&left)?.transpose(2, 3)?.contiguous()?.matmul(&v)?;
-        state = (state.broadcast_mul(&last(&reached)?)? + update)?;
+        let marks = match &marks {
+            Some([starts, present]) => {
+                Some([starts.narrow(1, start, tokens)?, present.narrow(1, start, tokens)?])
+            }
+            None => None,
+        };
+        let [q, k, v] = [args.q, args.k, args.v].map(|x| per_head(&x.narrow(1, start, tokens)?, heads));
+        let chunk = Chunk::new(q?, k?, v?, log_decay, marks)?;
+        let (o, next) = chunk.retain(&state, args.scale)?;
+        state = next;
+        outputs.push(o.transpose(1, 2)?);
     }
-    let mut o = Tensor::cat(&parts, 2)?;
-    if let Some(kept) = &kept {
-        o = o.broadcast_mul(kept)?;
-    }
-    Ok((o.transpose(1, 2)?.contiguous()?.to_dtype(args.q.dtype())?, state))
-}
-
-/// `[B, T, groups, width]` as `[B, H, T, width]`.
-fn heads_first(x: &Tensor, sizes: &Sizes, dtype: DType) -> Result<Tensor> {
-    let (b, t, groups, width) = x.dims4()?;
-    let x = x.to_dtype(dtype)?.transpose(1, 2)?;
-    let spread = x.unsqueeze(2)?.broadcast_as((b, groups, sizes.heads / groups, t, width))?;
-    Ok(spread.contiguous()?.reshape((b, sizes.heads, t, width))?)
-}
-
-/// `[B, H, T, 1]` each: the decays' logarithms, zero at padding and where all is forgotten, and ones where it is.
-fn decays(args: &Retention, sizes: &Sizes, dtype: DType) -> Result<(Tensor, Tensor)> {
-    let (b, t, h) = (sizes.batch, sizes.length, sizes.heads);
-    let log = args.log_decay.to_dtype(dtype)?;
-    let log = match log.rank() {
-        1 => log.reshape((1, h, 1, 1))?.broadcast_as((b, h, t, 1))?.contiguous()?,
-        _ => log.transpose(1, 2)?.unsqueeze(D::Minus1)?.contiguous()?,
+    let o = match outputs.is_empty() {
+        true => Tensor::zeros((batch, 0, heads, values), dtype, device)?,
+        false => Tensor::cat(&outputs, 1)?,
     };
-    let mut starts = log.detach().lt(FORGET)?;
-    let mut kept = log.detach().ge(FORGET)?;
-    if let Some(segments) = args.segments {
-        let marks =
-            segments.marks(log.device())?.reshape((b, 1, t, 1))?.broadcast_as((b, h, t, 1))?.contiguous()?;
-        let padding = marks.eq(PAD)?;
-        let zero = padding.zeros_like()?;
-        starts = marks.eq(START)?.where_cond(&zero.ones_like()?, &starts)?;
-        starts = padding.where_cond(&zero, &starts)?;
-        kept = marks.eq(CONTINUE)?.where_cond(&kept, &zero)?;
+    Ok((o, state))
+}
+
+/// `[B, T, Hx, width]` as `[B, H, T, width]`.
+fn per_head(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (batch, length, groups, width) = x.dims4()?;
+    let x = x.transpose(1, 2)?.contiguous()?;
+    if groups == heads {
+        return Ok(x);
     }
-    let log = kept.where_cond(&log, &log.zeros_like()?)?;
-    Ok((log, starts.to_dtype(dtype)?))
+    let x = x.unsqueeze(2)?.broadcast_as((batch, groups, heads / groups, length, width))?;
+    Ok(x.contiguous()?.reshape((batch, heads, length, width))?)
 }
 
-/// One, and zero at padding: `[B, 1, T, 1]`.
-fn keep(
+/// `[B, T]` each: 1 where a sequence starts, and 1 where there is a token; `None` where every token goes on.
+fn marks(
     segments: Option<&Segments>,
-    sizes: &Sizes,
+    batch: usize,
+    length: usize,
     dtype: DType,
-    device: &candle_core::Device,
-) -> Result<Option<Tensor>> {
+    device: &Device,
+) -> Result<Option<[Tensor; 2]>> {
     let Some(segments) = segments else { return Ok(None) };
-    let marks = segments.marks(device)?.reshape((sizes.batch, 1, sizes.length, 1))?;
-    Ok(Some(marks.ne(PAD)?.to_dtype(dtype)?))
+    let marks: Vec<u8> = segments.marks(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+    let one_where = |condition: &dyn Fn(u8) -> bool| -> Result<Tensor> {
+        let values: Vec<u8> = marks.iter().map(|&mark| condition(mark).into()).collect();
+        Ok(Tensor::from_vec(values, (batch, length), device)?.to_dtype(dtype)?)
+    };
+    Ok(Some([one_where(&|mark| mark == START)?, one_where(&|mark| mark != PAD)?]))
 }
 
-/// Ones on and below the diagonal, `[n, n]`.
-fn lower(n: usize, dtype: DType, device: &candle_core::Device) -> Result<Tensor> {
-    let places = Tensor::arange(0u32, n as u32, device)?;
-    let below = places.unsqueeze(1)?.broadcast_ge(&places.unsqueeze(0)?)?;
-    Ok(below.to_dtype(dtype)?)
+/// The tokens of one chunk.
+struct Chunk {
+    /// `[B, H, C, K]`
+    q: Tensor,
+    /// `[B, H, C, K]`, zero for padding.
+    k: Tensor,
+    /// `[B, H, C, V]`, zero for padding.
+    v: Tensor,
+    /// Sums of the logarithms, resets left out, `[B, H, C]`.
+    sums: Tensor,
+    /// Resets up to each token, `[B, H, C]`.
+    resets: Tensor,
+    /// 1 where there is a token, `[B, 1, C, 1]`.
+    present: Option<Tensor>,
+}
+
+impl Chunk {
+    fn new(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, marks: Option<[Tensor; 2]>) -> Result<Self> {
+        let shape = log_decay.shape();
+        let mut reset = log_decay.detach().lt(least_logarithm(log_decay.dtype()))?;
+        let zeros = log_decay.zeros_like()?;
+        let mut log_decay = reset.where_cond(&zeros, &log_decay)?;
+        let (mut k, mut v, mut present) = (k, v, None);
+        if let Some([starts, here]) = marks {
+            let (starts, here) = (starts.unsqueeze(1)?.broadcast_as(shape)?, here.unsqueeze(1)?);
+            // padding changes nothing
+            let padding = here.eq(0.0)?.broadcast_as(shape)?.contiguous()?;
+            let started = (starts.contiguous()? + reset.to_dtype(log_decay.dtype())?)?;
+            reset = padding.where_cond(&zeros, &started)?.gt(0.0)?;
+            log_decay = padding.where_cond(&zeros, &log_decay)?;
+            let here = here.unsqueeze(D::Minus1)?;
+            (k, v) = (only(&k, &here)?, only(&v, &here)?);
+            present = Some(here);
+        }
+        let resets = reset.to_dtype(log_decay.dtype())?.cumsum(D::Minus1)?;
+        Ok(Self { q, k, v, sums: log_decay.cumsum(D::Minus1)?, resets, present })
+    }
+
+    /// Outputs `[B, H, C, V]` and the state after.
+    fn retain(&self, state: &Tensor, scale: f64) -> Result<(Tensor, Tensor)> {
+        let (dtype, tokens) = (self.q.dtype(), self.q.dim(2)?);
+        let last = |x: &Tensor| x.narrow(2, tokens - 1, 1);
+        // from column j to row i: 0 for later tokens and across resets
+        let (rows, columns) = (self.sums.unsqueeze(3)?, self.sums.unsqueeze(2)?);
+        let same = self.resets.unsqueeze(3)?.broadcast_eq(&self.resets.unsqueeze(2)?)?.to_dtype(dtype)?;
+        let lower = Tensor::tril2(tokens, dtype, self.q.device())?;
+        // masked before the exponential, which might overflow, and after it
+        let spans = rows.broadcast_sub(&columns)?.broadcast_mul(&lower)?;
+        let decays = spans.exp()?.mul(&same)?.broadcast_mul(&lower)?;
+        let unreset = self.resets.eq(0.0)?.to_dtype(dtype)?;
+        let from_start = (self.sums.exp()? * unreset)?;
+        let to_end = (last(&self.sums)?.broadcast_sub(&self.sums)?.exp()?
+            * last(&self.resets)?.broadcast_eq(&self.resets)?.to_dtype(dtype)?)?;
+
+        let q = (&self.q * scale)?;
+        let scores = (q.matmul(&self.k.t()?)? * decays)?;
+        let across = q.broadcast_mul(&from_start.unsqueeze(3)?)?.matmul(state)?;
+        let mut o = (scores.matmul(&self.v)? + across)?;
+        if let Some(present) = &self.present {
+            o = only(&o, present)?;
+        }
+        let input = self.k.broadcast_mul(&to_end.unsqueeze(3)?)?.t()?.matmul(&self.v)?;
+        let state = (state.broadcast_mul(&last(&from_start)?.unsqueeze(3)?)? + input)?;
+        Ok((o, state))
+    }
+}
+
+/// `x` where `present`, else zero, whatever `x` is there.
+fn only(x: &Tensor, present: &Tensor) -> Result<Tensor> {
+    let present = present.ne(0.0)?.broadcast_as(x.shape())?.contiguous()?;
+    Ok(present.where_cond(x, &x.zeros_like()?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::Form;
+    use candle_core::Var;
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    /// Outputs, state and all gradients equal those of the kernels.
+    #[test]
+    fn equals_the_kernels() {
+        let mut rng = StdRng::seed_from_u64(1);
+        for (case, heads) in [[1, 1, 1], [2, 2, 2], [4, 2, 1], [1, 2, 4]].into_iter().enumerate() {
+            let (batch, length, all, keys, values) =
+                (2, [1, 64, 65, 150][case], heads.into_iter().max().unwrap(), 5, 3);
+            let mut random = |dims: &[usize], low: f64| {
+                let numbers: Vec<f64> =
+                    (0..dims.iter().product()).map(|_| rng.random_range(low..-low / 2.0)).collect();
+                Tensor::from_vec(numbers, dims, &Device::Cpu).unwrap()
+            };
+            let per_token = case % 2 == 0;
+            let decay = if per_token { random(&[batch, length, all], -2.0) } else { random(&[all], -2.0) };
+            let mut inputs = [
+                random(&[batch, length, heads[0], keys], -1.0),
+                random(&[batch, length, heads[1], keys], -1.0),
+                random(&[batch, length, heads[2], values], -1.0),
+                decay.minimum(0.0).unwrap(),
+                random(&[batch, all, keys, values], -1.0),
+            ];
+            if per_token {
+                // a few resets
+                let resets = (inputs[3].gt(-1.9).unwrap(), inputs[3].zeros_like().unwrap());
+                inputs[3] =
+                    resets.0.where_cond(&inputs[3], &(resets.1 + f64::NEG_INFINITY).unwrap()).unwrap();
+            }
+            let weights =
+                [random(&[batch, length, all, values], -1.0), random(&[batch, all, keys, values], -1.0)];
+            let padded = Segments::packed(&[vec![length / 2, length / 3], vec![length]], length).unwrap();
+            for segments in [None, Some(&padded)] {
+                let run = |kernels: bool| {
+                    let x: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+                    let args = Retention {
+                        q: &x[0],
+                        k: &x[1],
+                        v: &x[2],
+                        log_decay: &x[3],
+                        scale: 0.7,
+                        initial_state: Some(&x[4]),
+                        segments,
+                        form: Form::Auto,
+                    };
+                    let sizes = args.check().unwrap();
+                    let results =
+                        if kernels { super::super::retention(&args) } else { retention(&args, sizes) };
+                    let (o, state) = results.unwrap();
+                    let sums = [&o, &state]
+                        .into_iter()
+                        .zip(&weights)
+                        .map(|(x, w)| (x * w).unwrap().sum_all().unwrap());
+                    let sum = sums.reduce(|a, b| (a + b).unwrap()).unwrap();
+                    let store = sum.backward().unwrap();
+                    let mut all = vec![o.detach(), state.detach()];
+                    all.extend(
+                        x.iter().map(|x| store.get(x).cloned().unwrap_or_else(|| x.zeros_like().unwrap())),
+                    );
+                    all
+                };
+                for (i, (got, want)) in run(false).iter().zip(run(true)).enumerate() {
+                    assert_eq!(got.dims(), want.dims());
+                    let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                    for (got, want) in numbers(got).into_iter().zip(numbers(&want)) {
+                        let close = (got - want).abs() <= 1e-11 * (1.0 + want.abs());
+                        assert!(close, "case {case}, result {i}: {got}, kernels {want}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -1,29 +1,34 @@
-//! Retention: linear attention whose state decays.
+//! Retention: linear attention with decay, in three equal forms.
 //!
-//! For each sequence and head, with keys and queries of `K` channels and values of `V`,
-//!
-//! ```text
-//! S[t] = gamma[t] S[t-1] + k[t]^T v[t]            [K, V]
-//! o[t] = scale q[t] S[t]                          [V]
-//! ```
-//!
-//! The decay `gamma` is constant per head (RetNet) or given per token and head (gated retention, Mamba-2's SSD), always
-//! by its logarithm: any number up to 0, minus infinity forgetting all that came before the token. Queries, keys and
-//! values may come in fewer heads, each serving as many neighbouring heads of the output; nothing is repeated for it.
-//!
-//! # Forms
-//! Within a chunk of tokens `i, j` with `c` the decays' logarithms summed from its start and `S` the state before it,
+//! For each sequence and head, with queries and keys of `K` numbers, values of `V` and a state `S` of `[K, V]`,
 //!
 //! ```text
-//! o[i] = scale (sum_(j <= i) e^(c[i] - c[j]) (q[i] k[j]) v[j] + e^(c[i]) q[i] S)
-//! S'   = e^(c[end]) S + sum_j e^(c[end] - c[j]) k[j]^T v[j]
+//! S[t] = exp(log_decay[t]) S[t-1] + k[t]^T v[t]
+//! o[t] = scale q[t] S[t]
 //! ```
 //!
-//! One chunk of the whole sequence is the parallel form, chunks of one token the recurrent one; see [`Form`]. Only
-//! differences of `c` that are at most 0 are exponentiated, so that no decay is too strong. Costs per token and head, in
-//! multiplications: `K + V` times half the chunk, and `2 K V`.
+//! A decay constant per head makes it RetNet's retention, one per token gated retention and Mamba-2's SSD. Unrolled,
+//! with `c[t]` the sum of the logarithms up to `t`,
 //!
-//! Source: Retentive Network (Sun et al. 2023), section 2; Mamba-2 (Dao & Gu 2024), section 6, for decays per token.
+//! ```text
+//! o[i] = scale (exp(c[i]) q[i] S[-1] + sum_{j <= i} exp(c[i] - c[j]) (q[i] . k[j]) v[j])
+//! ```
+//!
+//! The *recurrent* form computes the first pair of formulas token by token, the *parallel* form the second one over the
+//! whole sequence, and the *chunkwise* form the second one within chunks of `C` tokens and the first one between them.
+//! They agree up to rounding, and each takes up the state that another one left.
+//!
+//! | form | operations | memory beyond the arguments and results |
+//! |---|---|---|
+//! | parallel | `O(T^2 (K + V))` | `O(T)` a thread |
+//! | chunkwise | `O(T (C (K + V) + K V))` | `O(C (C + K))` a thread |
+//! | recurrent | `O(T K V)` | none |
+//!
+//! With gradients the states before some of the chunks are kept, no more numbers than the arguments have. All forms
+//! share one backward pass, which is chunkwise.
+//!
+//! Source: RetNet (Sun et al. 2023), equations 5 to 7, without their normalisations, which are the layer's; Gated Linear
+//! Attention (Yang et al. 2023), section 4, for the gradient of the decay.
 
 mod composed;
 mod cpu;
@@ -31,147 +36,138 @@ mod grad;
 mod plan;
 mod reference;
 
-pub use composed::retention_composed;
 pub use reference::retention_reference;
 
 use super::{Form, Segments, accumulation_dtype};
+use crate::backend::cpu::simd::Isa;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// The arguments of [`retention`].
+///
+/// The number of heads `H` is the largest of `Hq`, `Hk` and `Hv`, each of which must divide it: head `h` reads head
+/// `h / (H / Hx)` of an argument that has `Hx`.
 #[derive(Clone, Copy, Debug)]
 pub struct Retention<'a> {
     /// Queries, `[B, T, Hq, K]`.
     pub q: &'a Tensor,
     /// Keys, `[B, T, Hk, K]`.
     pub k: &'a Tensor,
-    /// Values, `[B, T, Hv, V]`. The output has `H` heads, the most of the three; each of the three divides it.
+    /// Values, `[B, T, Hv, V]`.
     pub v: &'a Tensor,
-    /// Logarithms of the decays: `[H]` constant, or `[B, T, H]` per token.
+    /// Logarithms of the decays, at most 0: `[H]` constant, or `[B, T, H]` per token. Negative infinity forgets everything
+    /// before the token, and so does a decay that is zero in the dtype of the state.
     pub log_decay: &'a Tensor,
-    /// Scales the output.
+    /// Multiplies the outputs.
     pub scale: f64,
     /// The state before the first token, `[B, H, K, V]`; zeros if `None`.
     pub initial_state: Option<&'a Tensor>,
     /// Packed sequences and padding; `None` is one sequence a row.
     pub segments: Option<&'a Segments>,
-    /// How it is computed.
+    /// How to compute it.
     pub form: Form,
 }
 
 /// Retention; see the [module](self) for the formula.
 ///
-/// Returns the output `[B, T, H, V]` in the dtype of `q`, and the final state `[B, H, K, V]` (f32; f64 for f64 input).
+/// Returns the output `[B, T, H, V]` in the dtype of `q`, and the final state `[B, H, K, V]` (f32; f64 where `q` is f64).
+/// Computes in the dtype of the state. On devices other than the CPU in tensor operations, chunkwise whatever the form.
 ///
-/// Differentiable in every tensor argument, the constant decays and the initial state included, and through both
-/// results. Memory between the passes is that of the arguments: the backward pass goes through the states again.
+/// Differentiable in every tensor argument, a constant decay and the initial state included, and through both results.
 ///
 /// # Errors
-/// Shapes or dtypes that do not fit, a decay whose logarithm is above 0 or no number, or a chunk of no tokens, by name.
+/// Shapes that do not fit, a decay above 1 or NaN, a chunk of 0 tokens: naming the argument.
 pub fn retention(args: &Retention) -> Result<(Tensor, Tensor)> {
     let sizes = args.check()?;
-    if !args.q.device().is_cpu() {
-        return retention_composed(args);
-    }
-    // sequences in one dtype, everything else in the arithmetic's
-    let dtype = args.q.dtype();
-    let wide = accumulation_dtype(dtype);
-    let alike = args.k.dtype() == dtype && args.v.dtype() == dtype;
-    let sequence = if alike { dtype } else { wide };
-    let initial_state = args.initial_state.map(|state| state.to_dtype(wide)).transpose()?;
+    let accumulation = accumulation_dtype(args.q.dtype());
+    let initial_state = args.initial_state.map(|state| state.to_dtype(accumulation)).transpose()?;
     let unified = Retention {
-        q: &args.q.to_dtype(sequence)?,
-        k: &args.k.to_dtype(sequence)?,
-        v: &args.v.to_dtype(sequence)?,
-        log_decay: &args.log_decay.to_dtype(wide)?,
+        q: &args.q.to_dtype(accumulation)?,
+        k: &args.k.to_dtype(accumulation)?,
+        v: &args.v.to_dtype(accumulation)?,
+        log_decay: &args.log_decay.to_dtype(accumulation)?,
         initial_state: initial_state.as_ref(),
         ..*args
     };
-    let (o, state) = grad::on_cpu(&unified, sizes)?;
-    Ok((o.to_dtype(dtype)?, state))
+    let (o, state) = match args.q.device().is_cpu() {
+        true => grad::on_cpu(&unified, sizes, Isa::best())?,
+        false => composed::retention(&unified, sizes)?,
+    };
+    Ok((o.to_dtype(args.q.dtype())?, state))
 }
 
 /// The sizes of one call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
     pub(crate) batch: usize,
     pub(crate) length: usize,
-    /// Heads of the output.
     pub(crate) heads: usize,
-    /// Heads of queries, keys and values.
+    /// Numbers in a key.
+    pub(crate) keys: usize,
+    /// Numbers in a value.
+    pub(crate) values: usize,
+    /// The heads of q, k and v.
     pub(crate) groups: [usize; 3],
-    pub(crate) key: usize,
-    pub(crate) value: usize,
-}
-
-impl Sizes {
-    /// The head of queries (0), keys (1) or values (2) that serves `head`.
-    pub(crate) fn group(&self, which: usize, head: usize) -> usize {
-        head / (self.heads / self.groups[which])
-    }
+    /// Whether every token has its own decays.
+    pub(crate) per_token: bool,
 }
 
 impl Retention<'_> {
     fn check(&self) -> Result<Sizes> {
         let wrong = |name: &str, expected: String, got: &Tensor| {
-            Err(Error::shape(format!("retention: {name}"), expected, got.dims()))
+            Error::shape(format!("retention: {name}"), expected, got.dims())
         };
-        let Ok((batch, length, hq, key)) = self.q.dims4() else {
-            return wrong("q", "[B, T, H, K]".into(), self.q);
+        let &[batch, length, q_heads, keys] = self.q.dims() else {
+            return Err(wrong("q", "[B, T, Hq, K]".into(), self.q));
         };
-        let hk = match *self.k.dims() {
-            [b, t, hk, k] if (b, t, k) == (batch, length, key) => hk,
-            _ => return wrong("k", format!("[B, T, H, K] = [{batch}, {length}, H, {key}]"), self.k),
+        let k_heads = match *self.k.dims() {
+            [b, t, h, k] if [b, t, k] == [batch, length, keys] => h,
+            _ => return Err(wrong("k", format!("[B, T, Hk, K] = [{batch}, {length}, Hk, {keys}]"), self.k)),
         };
-        let (hv, value) = match *self.v.dims() {
-            [b, t, hv, value] if (b, t) == (batch, length) => (hv, value),
-            _ => return wrong("v", format!("[B, T, H, V] = [{batch}, {length}, H, V]"), self.v),
+        let (v_heads, values) = match *self.v.dims() {
+            [b, t, h, v] if [b, t] == [batch, length] => (h, v),
+            _ => return Err(wrong("v", format!("[B, T, Hv, V] = [{batch}, {length}, Hv, V]"), self.v)),
         };
-        let heads = hq.max(hk).max(hv);
-        for (name, tensor, groups) in [("q", self.q, hq), ("k", self.k, hk), ("v", self.v, hv)] {
-            if groups == 0 || heads % groups != 0 {
-                let expected = format!("[B, T, H, ..] with a number of heads H that divides {heads}");
-                return wrong(name, expected, tensor);
-            }
-            if !tensor.dtype().is_float() {
-                return Err(Error::dtype(format!("retention: {name}"), "a float", tensor.dtype()));
+        let groups = [q_heads, k_heads, v_heads];
+        let heads = q_heads.max(k_heads).max(v_heads);
+        for ((name, tensor), count) in [("q", self.q), ("k", self.k), ("v", self.v)].into_iter().zip(groups) {
+            if count == 0 || heads % count != 0 || tensor.dims()[3] == 0 {
+                let expected =
+                    format!("at least one head and number a head, a number of heads that divides {heads}");
+                return Err(wrong(name, expected, tensor));
             }
         }
-        if key == 0 || value == 0 {
-            return wrong(if key == 0 { "q" } else { "v" }, "at least one channel a head".into(), self.q);
-        }
-        let dims = self.log_decay.dims();
-        if dims != [heads] && dims != [batch, length, heads] {
-            let expected = format!("[H] = [{heads}] or [B, T, H] = [{batch}, {length}, {heads}]");
-            return wrong("log_decay", expected, self.log_decay);
-        }
-        if let Some(state) = self.initial_state {
-            let dims = [batch, heads, key, value];
-            if state.dims() != dims {
-                return wrong("initial_state", format!("[B, H, K, V] = {dims:?}"), state);
+        let per_token = match *self.log_decay.dims() {
+            [h] if h == heads => false,
+            [b, t, h] if [b, t, h] == [batch, length, heads] => true,
+            _ => {
+                let expected = format!("[H] = [{heads}] or [B, T, H] = [{batch}, {length}, {heads}]");
+                return Err(wrong("log_decay", expected, self.log_decay));
             }
+        };
+        if let Some(state) = self.initial_state
+            && state.dims() != [batch, heads, keys, values]
+        {
+            let expected = format!("[B, H, K, V] = [{batch}, {heads}, {keys}, {values}]");
+            return Err(wrong("initial_state", expected, state));
         }
         if let Some(segments) = self.segments {
             segments.check("retention", batch, length)?;
         }
-        self.form.validate()?;
-        check_decays(self.log_decay)?;
-        Ok(Sizes { batch, length, heads, groups: [hq, hk, hv], key, value })
-    }
-}
-
-/// Refuses logarithms above 0 and NaN.
-fn check_decays(log_decay: &Tensor) -> Result<()> {
-    let name = "retention: log_decay";
-    if !log_decay.dtype().is_float() {
-        return Err(Error::dtype(name, "a float", log_decay.dtype()));
-    }
-    if log_decay.elem_count() == 0 {
-        return Ok(());
-    }
-    let values = log_decay.detach().flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    match values.iter().find(|x| x.is_nan() || **x > 0.0) {
-        Some(wrong) => Err(Error::value(name, "logarithms of at most 0", wrong)),
-        None => Ok(()),
+        if self.form == (Form::Chunkwise { chunk: 0 }) {
+            return Err(Error::value("retention: chunk", "at least 1 token", 0));
+        }
+        for (name, tensor) in [("q", self.q), ("k", self.k), ("v", self.v), ("log_decay", self.log_decay)] {
+            if !matches!(tensor.dtype(), DType::F32 | DType::F64 | DType::BF16 | DType::F16) {
+                let name = format!("retention: {name}");
+                return Err(Error::dtype(name, "f32, f64, bf16 or f16", tensor.dtype()));
+            }
+        }
+        // a copy of few numbers, next to the keys and values of as many tokens
+        let decays = self.log_decay.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        match decays.into_iter().find(|decay| decay.is_nan() || *decay > 0.0) {
+            Some(decay) => Err(Error::value("retention: log_decay", "logarithms of at most 0", decay)),
+            None => Ok(Sizes { batch, length, heads, keys, values, groups, per_token }),
+        }
     }
 }

@@ -1,80 +1,123 @@
-//! How a call is computed on the CPU: a pure function of its sizes.
+//! How a call is cut into pieces of work: by its shape alone, so that results do not depend on the number of threads.
 
-use super::Sizes;
-use crate::ops::Form;
+use super::{Form, Sizes};
+use crate::ops::segments::Run;
+use std::ops::Range;
 
-/// Tokens that go token by token where nothing is asked: each is one pass over the state, which a chunk reads twice.
-const FEW_TOKENS: usize = 8;
-/// Rows of a chunk's products that are computed together.
-pub(super) const ROWS: usize = 64;
+/// Up to so many tokens [`Form::Auto`] is recurrent.
+const FEW_TOKENS: usize = 4;
 
-/// How one call is computed.
+/// The kernels of a forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Path {
+pub(crate) enum Path {
     /// Token by token.
-    Step,
-    /// In chunks of so many tokens.
+    Recurrent,
+    /// In chunks of at most so many tokens.
     Chunks(usize),
 }
 
-pub(super) fn path(sizes: &Sizes, form: Form) -> Path {
+/// What a form means for a shape.
+pub(crate) fn path(form: Form, sizes: &Sizes) -> Path {
     match form {
-        Form::Recurrent => Path::Step,
-        Form::Chunkwise { chunk } => Path::Chunks(chunk.min(sizes.length.max(1))),
-        Form::Parallel => Path::Chunks(sizes.length.max(1)),
-        Form::Auto if sizes.length <= FEW_TOKENS => Path::Step,
+        Form::Recurrent => Path::Recurrent,
+        Form::Auto if sizes.length <= FEW_TOKENS => Path::Recurrent,
         Form::Auto => Path::Chunks(chunk(sizes)),
+        Form::Chunkwise { chunk } => Path::Chunks(chunk.max(1)),
+        Form::Parallel => Path::Chunks(usize::MAX),
     }
 }
 
-/// The chunk that the backward pass takes, which costs the same in any form.
-pub(super) fn backward_chunk(sizes: &Sizes, form: Form) -> usize {
-    match path(sizes, form) {
-        Path::Chunks(chunk) => chunk,
-        Path::Step => chunk(sizes),
+/// The chunk that costs least: a token takes `C (K + V)` operations within the chunk and `4 K V` through the state, which
+/// run the better the longer the chunk is.
+pub(crate) fn chunk(sizes: &Sizes) -> usize {
+    if sizes.keys * sizes.values <= 128 * 128 { 64 } else { 128 }
+}
+
+/// Tokens of a row that are computed together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) tokens: Range<usize>,
+    /// Whether the state before it counts for nothing.
+    pub(crate) fresh: bool,
+}
+
+/// The pieces of a row of `runs`: at most `chunk` tokens each, cut before every token that `resets` the state.
+pub(crate) fn pieces(runs: &[Run], chunk: usize, resets: impl Fn(usize) -> bool) -> Vec<Piece> {
+    let mut pieces = vec![];
+    for run in runs {
+        let mut piece = Piece { tokens: run.tokens.start..run.tokens.start, fresh: run.fresh };
+        for t in run.tokens.clone() {
+            let resets = resets(t);
+            if piece.tokens.len() == chunk || resets && !piece.tokens.is_empty() {
+                pieces.push(piece);
+                piece = Piece { tokens: t..t, fresh: false };
+            }
+            piece.fresh |= resets;
+            piece.tokens.end = t + 1;
+        }
+        if !piece.tokens.is_empty() {
+            pieces.push(piece);
+        }
     }
+    pieces
 }
 
-/// Longer chunks for larger states: a chunk moves the state through the caches a few times, whatever its length.
-fn chunk(sizes: &Sizes) -> usize {
-    if sizes.key * sizes.value <= 128 * 128 { 64 } else { 128 }
-}
+/// Pieces in a [`spans`] at most.
+const SPAN_PIECES: usize = 16;
 
-/// How many parts time is cut into, to be work for several threads where heads and rows are few.
-pub(super) fn spans(sizes: &Sizes, chunk: usize) -> usize {
-    let tasks = (sizes.batch * sizes.heads).max(1);
-    let most = sizes.length / (4 * chunk).max(1);
-    if tasks >= 4 { 1 } else { 8usize.div_ceil(tasks).min(most.max(1)) }
+/// Neighbouring pieces at whose start the backward pass finds the state: it is zero there, or has been kept. So many
+/// tokens lie between two kept states that these hold no more numbers than the keys and values do.
+pub(crate) fn spans(pieces: &[Piece], sizes: &Sizes) -> Vec<Range<usize>> {
+    let mut spans: Vec<Range<usize>> = vec![];
+    let mut tokens = 0;
+    for (i, piece) in pieces.iter().enumerate() {
+        let enough = tokens * (sizes.keys + sizes.values) >= sizes.keys * sizes.values;
+        match spans.last_mut() {
+            Some(span) if !piece.fresh && !enough && span.len() < SPAN_PIECES => span.end += 1,
+            _ => {
+                spans.push(i..i + 1);
+                tokens = 0;
+            }
+        }
+        tokens += piece.tokens.len();
+    }
+    spans
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sizes(length: usize, heads: usize) -> Sizes {
-        Sizes { batch: 1, length, heads, groups: [heads; 3], key: 64, value: 128 }
+    fn sizes(length: usize, keys: usize, values: usize) -> Sizes {
+        Sizes { batch: 1, length, heads: 1, keys, values, groups: [1; 3], per_token: false }
     }
 
     #[test]
-    fn a_form_that_is_asked_for_is_taken() {
-        assert_eq!(path(&sizes(300, 8), Form::Recurrent), Path::Step);
-        assert_eq!(path(&sizes(300, 8), Form::Parallel), Path::Chunks(300));
-        assert_eq!(path(&sizes(300, 8), Form::Chunkwise { chunk: 7 }), Path::Chunks(7));
-        assert_eq!(path(&sizes(3, 8), Form::Chunkwise { chunk: 7 }), Path::Chunks(3));
+    fn steps_are_recurrent_and_sequences_chunkwise() {
+        assert_eq!(path(Form::Auto, &sizes(1, 256, 512)), Path::Recurrent);
+        assert_eq!(path(Form::Auto, &sizes(4096, 64, 128)), Path::Chunks(64));
+        assert_eq!(path(Form::Auto, &sizes(4096, 256, 512)), Path::Chunks(128));
+        assert_eq!(path(Form::Chunkwise { chunk: 7 }, &sizes(1, 8, 8)), Path::Chunks(7));
+        assert_eq!(path(Form::Parallel, &sizes(1, 8, 8)), Path::Chunks(usize::MAX));
     }
 
     #[test]
-    fn few_tokens_are_steps_and_many_are_chunks() {
-        assert_eq!(path(&sizes(1, 8), Form::Auto), Path::Step);
-        assert_eq!(path(&sizes(0, 8), Form::Auto), Path::Step);
-        assert!(matches!(path(&sizes(2000, 8), Form::Auto), Path::Chunks(2..=512)));
+    fn pieces_end_with_chunks_runs_and_resets() {
+        let runs = [Run { tokens: 1..6, fresh: false }, Run { tokens: 8..10, fresh: true }];
+        let got: Vec<_> =
+            pieces(&runs, 3, |t| t == 5 || t == 9).into_iter().map(|p| (p.tokens, p.fresh)).collect();
+        assert_eq!(got, [(1..4, false), (4..5, false), (5..6, true), (8..9, true), (9..10, true)]);
+        assert!(pieces(&[], 3, |_| false).is_empty());
     }
 
     #[test]
-    fn time_is_cut_only_where_heads_are_few_and_tokens_many() {
-        assert_eq!(spans(&sizes(4096, 8), 64), 1);
-        assert_eq!(spans(&sizes(4096, 1), 64), 8);
-        assert_eq!(spans(&sizes(100, 1), 64), 1);
-        assert_eq!(spans(&sizes(0, 1), 64), 1);
+    fn kept_states_are_no_more_than_keys_and_values() {
+        let run = [Run { tokens: 0..4096, fresh: false }];
+        for (keys, values) in [(64, 128), (256, 512), (1, 1), (1024, 1024)] {
+            let sizes = sizes(4096, keys, values);
+            let spans = spans(&pieces(&run, 64, |_| false), &sizes);
+            assert!((spans.len() - 1) * keys * values <= 4096 * (keys + values));
+            assert_eq!(spans.iter().map(|span| span.len()).sum::<usize>(), 64);
+        }
     }
 }

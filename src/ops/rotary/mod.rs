@@ -22,9 +22,11 @@ pub use reference::rotary_reference;
 use super::Segments;
 use crate::{Error, Result};
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 /// Which channels turn together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RotaryStyle {
     /// Channel `i` of the first half with channel `i` of the second.
     Half,

@@ -1,200 +1,213 @@
-//! The chunkwise form: the products inside each chunk, and the state between them.
+//! The forward pass, chunk by chunk.
+//!
+//! A chunk of `C` tokens takes `2 C K V` operations for what comes out of the state, as many for what goes in, and about
+//! `C^2 (K + V)` for the tokens among themselves, whose upper triangle is left out block by block.
 
-use super::super::plan::{ROWS, spans};
-use super::product::{product, rows};
-use super::{Chunk, Mask, Operands, scale_rows};
+use super::Operands;
+use super::decay::Weights;
+use super::product::{Target, all_finite, multiply, weigh};
+use crate::backend::cpu::matrix::Matrix;
 use crate::backend::cpu::parallel;
-use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
-use crate::backend::cpu::view::{Outlet, lanes, load, store};
-use candle_core::WithDType;
-use std::ops::Range;
+use crate::backend::cpu::simd::{Kernel, Real, Simd};
+use crate::backend::cpu::view::Outlet;
+use crate::ops::retention::plan::{self, Piece};
 
-/// What a thread reuses from chunk to chunk: the sequences, the products of a block of rows, the output.
-pub(super) struct Scratch<T> {
-    pub(super) q: Vec<T>,
-    pub(super) k: Vec<T>,
-    pub(super) v: Vec<T>,
-    pub(super) block: Vec<T>,
-    pub(super) o: Vec<T>,
+/// Tokens that look at those before them together.
+pub(super) const BLOCK: usize = 64;
+/// Tokens that go through the state together.
+pub(super) const DEEP: usize = 256;
+
+/// What a forward pass leaves.
+pub(in super::super) struct Retained<T> {
+    /// `[B, T, H, V]`
+    pub(in super::super) o: Vec<T>,
+    /// `[B, H, K, V]`
+    pub(in super::super) state: Vec<T>,
+    /// Of every row and head the states at the start of its spans, but for zeros; empty where none were asked for.
+    pub(in super::super) kept: Vec<Vec<T>>,
 }
 
-impl<T> Default for Scratch<T> {
-    fn default() -> Self {
-        Self { q: vec![], k: vec![], v: vec![], block: vec![], o: vec![] }
-    }
-}
-
-/// Part of the work: some tokens of one row and head.
-pub(super) struct Task {
-    pub(super) row: usize,
-    pub(super) head: usize,
-    pub(super) tokens: Range<usize>,
-}
-
-impl<E: Element> Operands<'_, E> {
-    /// The output `[B, T, H, V]` and the final state `[B, H, K, V]`, in chunks of at most `chunk` tokens.
-    pub(in super::super) fn forward(&self, chunk: usize) -> (Vec<E>, Vec<E::Real>) {
-        let (mut o, mut state) = (Vec::<E>::new(), Vec::<E::Real>::new());
-        let outputs = self.sizes.batch * self.sizes.length * self.sizes.heads * self.sizes.value;
-        let outlet = Outlet::fresh_or_zeroed(&mut o, outputs, self.padded);
-        let states = Outlet::fresh(&mut state, self.states_size());
-        let tasks = self.tasks(chunk);
-        let befores = self.states_before(&tasks, chunk);
-        let work: Vec<_> = tasks.iter().zip(befores).collect();
-        parallel::map(&work, self.work(), |(task, before)| {
-            let mut state = before.clone();
-            let mut scratch = Scratch::default();
-            let mask = Mask::new(self, task.head, chunk);
-            for chunk in self.chunks(task.row, task.head, &task.tokens, chunk) {
-                self.gather(0, task.row, task.head, &chunk.tokens, &mut scratch.q);
-                self.load(task, &chunk, &mut scratch);
-                self.outputs(&chunk, &mask, &state, &mut scratch);
-                for (t, row) in chunk.tokens.clone().zip(scratch.o.chunks(self.sizes.value)) {
-                    let place = (task.row * self.sizes.length + t) * self.sizes.heads + task.head;
-                    dispatch(Narrow(row, outlet.at(place * self.sizes.value, self.sizes.value)));
-                }
-                self.carry(&chunk, &mut state, &mut scratch);
-            }
-            if task.tokens.end == self.sizes.length {
-                let place = (task.row * self.sizes.heads + task.head) * state.len();
-                // SAFETY: the place of this row and head, whose last task is this one.
-                unsafe {
-                    states.at(place, state.len()).copy_from_nonoverlapping(state.as_ptr(), state.len())
-                };
-            }
-        });
-        // SAFETY: the tasks wrote every token, or zeros were there before, and every row's and head's final state.
+impl<T: Real> Operands<'_, T> {
+    /// In pieces of at most `chunk` tokens; keeps the states before the spans where asked.
+    pub(in super::super) fn forward(&self, chunk: usize, keep: bool) -> Retained<T> {
+        let sizes = &self.sizes;
+        let outputs = sizes.batch * sizes.length * sizes.heads * sizes.values;
+        let states = sizes.batch * sizes.heads * self.state_size();
+        let (mut o, mut state) = (Vec::new(), Vec::new());
+        let kept = {
+            let o = Outlet::fresh_or_zeroed(&mut o, outputs, self.padded);
+            let state = Outlet::fresh(&mut state, states);
+            parallel::map(&self.tasks(), self.work(), |&task| {
+                T::dispatch_on(
+                    self.isa,
+                    Walk { operands: self, task, chunk, o: Some(&o), state: Some(&state), keep },
+                )
+            })
+        };
+        // SAFETY: padding was zeroed; every head of every row wrote all of its own.
         unsafe {
             o.set_len(outputs);
-            state.set_len(self.states_size());
+            state.set_len(states);
         }
-        (o, state)
+        Retained { o, state, kept: if keep { kept } else { vec![] } }
     }
 
-    /// All rows and heads, and where those are few, spans of time.
-    pub(super) fn tasks(&self, chunk: usize) -> Vec<Task> {
-        let spans = spans(&self.sizes, chunk);
-        let size = self.sizes.length.div_ceil(spans).next_multiple_of(chunk).max(1);
-        let cuts = parallel::pieces(self.sizes.length.max(1), size);
-        let mut tasks = vec![];
-        for row in 0..self.sizes.batch {
-            for head in 0..self.sizes.heads {
-                let span = |tokens: &Range<usize>| Task {
-                    row,
-                    head,
-                    tokens: tokens.start..tokens.end.min(self.sizes.length),
-                };
-                tasks.extend(cuts.iter().map(span));
-            }
-        }
-        tasks
-    }
-
-    /// Numbers computed, about.
-    pub(super) fn work(&self) -> usize {
-        self.sizes.length * self.states_size()
-    }
-
-    /// The state before each task: the initial one, or where time is cut, what the spans before leave, each computed
-    /// from nothing and then joined in order.
-    pub(super) fn states_before(&self, tasks: &[Task], chunk: usize) -> Vec<Vec<E::Real>> {
-        let alone = parallel::map(tasks, self.work(), |task| {
-            if task.tokens.end == self.sizes.length {
-                return None;
-            }
-            let mut state = vec![E::Real::ZERO; self.state_size()];
-            let mut scratch = Scratch::default();
-            let mut decay = Some(0.0);
-            for chunk in self.chunks(task.row, task.head, &task.tokens, chunk) {
-                self.load(task, &chunk, &mut scratch);
-                self.carry(&chunk, &mut state, &mut scratch);
-                decay = decay.filter(|_| !chunk.fresh).map(|decay| decay + chunk.total());
-            }
-            Some((state, decay))
-        });
-        let mut befores = Vec::with_capacity(tasks.len());
-        let mut before = vec![];
-        for (task, alone) in tasks.iter().zip(alone) {
-            if task.tokens.start == 0 {
-                before = self.initial(task.row, task.head);
-            }
-            befores.push(before.clone());
-            if let Some((state, decay)) = alone {
-                // the decay is none where something in the span forgot all before it
-                let factor = decay.map_or(E::Real::ZERO, |decay: f64| E::Real::from_f64(decay.exp()));
-                join(&mut before, &state, decay.is_some().then_some(factor));
-            }
-        }
-        befores
-    }
-
-    /// Copies keys and values of a chunk.
-    pub(super) fn load(&self, task: &Task, chunk: &Chunk, scratch: &mut Scratch<E::Real>) {
-        self.gather(1, task.row, task.head, &chunk.tokens, &mut scratch.k);
-        self.gather(2, task.row, task.head, &chunk.tokens, &mut scratch.v);
-    }
-
-    /// The outputs of a chunk whose sequences are in `scratch`, from the state before it.
-    fn outputs(
-        &self,
-        chunk: &Chunk,
-        mask: &Mask<E::Real>,
-        state: &[E::Real],
-        scratch: &mut Scratch<E::Real>,
-    ) {
-        let (n, key, value) = (chunk.sums.len(), self.sizes.key, self.sizes.value);
-        let Scratch { q, k, v, block, o } = scratch;
-        o.resize(n * value, E::Real::ZERO);
-        let (q, k, v) = (rows(q, n, key), rows(k, n, key), rows(v, n, value));
-        if !chunk.fresh {
-            product(q, rows(state, key, value), o, None);
-            scale_rows(o, value, &chunk.reach(self.scale));
-        }
-        for start in (0..n).step_by(ROWS) {
-            let end = n.min(start + ROWS);
-            block.resize((end - start) * end, E::Real::ZERO);
-            product(
-                q.part([start, 0], [end - start, key]),
-                k.part([0, 0], [end, key]).transposed(),
-                block,
-                None,
-            );
-            mask.apply(chunk, start..end, block);
-            let keep = (!chunk.fresh).then_some(E::Real::ONE);
-            let o = &mut o[start * value..end * value];
-            product(rows(block, end - start, end), v.part([0, 0], [end, value]), o, keep);
-        }
-    }
-
-    /// Takes the state behind a chunk; scales its keys in `scratch`.
-    pub(super) fn carry(&self, chunk: &Chunk, state: &mut [E::Real], scratch: &mut Scratch<E::Real>) {
-        let (n, key, value) = (chunk.sums.len(), self.sizes.key, self.sizes.value);
-        scale_rows(&mut scratch.k, key, &chunk.left());
-        let keep = (!chunk.fresh).then(|| E::Real::from_f64(chunk.total().exp()));
-        product(rows(&scratch.k, n, key).transposed(), rows(&scratch.v, n, value), state, keep);
+    /// The states before the spans of one head, as a forward pass in pieces of at most `chunk` tokens keeps them.
+    pub(super) fn kept(&self, task: [usize; 2], chunk: usize) -> Vec<T> {
+        T::dispatch_on(self.isa, Walk { operands: self, task, chunk, o: None, state: None, keep: true })
     }
 }
 
-/// `before = factor before + state`, or with no factor `state`.
-pub(super) fn join<T: Real>(before: &mut [T], state: &[T], factor: Option<T>) {
-    match factor {
-        Some(factor) => {
-            before.iter_mut().zip(state).for_each(|(before, &state)| *before = factor * *before + state)
-        }
-        None => before.copy_from_slice(state),
-    }
+/// Walks the pieces of one head of one row; returns the kept states.
+struct Walk<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    task: [usize; 2],
+    chunk: usize,
+    o: Option<&'a Outlet<'a, T>>,
+    state: Option<&'a Outlet<'a, T>>,
+    keep: bool,
 }
 
-/// Rounds to as many places.
-pub(super) struct Narrow<'a, E: Element>(pub(super) &'a [E::Real], pub(super) *mut E);
+impl<T: Real> Kernel<T> for Walk<'_, T> {
+    type Output = Vec<T>;
 
-impl<T: Real, E: Element<Real = T>> Kernel<T> for Narrow<'_, E> {
-    type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T>>(self, s: S) {
-        for (c, n) in lanes(s, 0..self.0.len()) {
-            // SAFETY: the maker vouches for the places.
-            unsafe { store(s, self.1.add(c), n, load(s, self.0, c, n)) };
+    fn run<S: Simd<T>>(self, s: S) -> Vec<T> {
+        let (p, [row, head]) = (self.operands, self.task);
+        let Walk { task, chunk, .. } = self;
+        let size = p.state_size();
+        let pieces = p.pieces(task, chunk);
+        let mut state = p.initial(task).map_or_else(|| vec![T::ZERO; size], |state| state.to_vec());
+        let mut walker = Walker::new(s, p, task, &pieces);
+        let mut kept = vec![];
+        let spans = if self.keep { plan::spans(&pieces, &p.sizes) } else { vec![] };
+        let mut starts = spans.iter().map(|span| span.start).peekable();
+        for (i, piece) in pieces.iter().enumerate() {
+            if starts.next_if_eq(&i).is_some() && !piece.fresh {
+                kept.extend_from_slice(&state);
+            }
+            walker.turn_to(piece);
+            if let Some(o) = self.o {
+                let offset =
+                    ((row * p.sizes.length + piece.tokens.start) * p.sizes.heads + head) * p.sizes.values;
+                let stride = p.sizes.heads * p.sizes.values;
+                let to = o.at(offset, (piece.tokens.len() - 1) * stride + p.sizes.values);
+                // SAFETY: at() checked the places; those of this head are this task's own.
+                unsafe { walker.outputs(piece, &state, Target { start: to, stride }) };
+            }
+            if self.o.is_some() || self.keep && i + 1 < pieces.len() {
+                walker.advance(piece, &mut state);
+            }
+        }
+        if let Some(to) = self.state {
+            let to = to.at((row * p.sizes.heads + head) * size, size);
+            // SAFETY: at() checked the places, which are this task's own.
+            unsafe { std::ptr::copy_nonoverlapping(state.as_ptr(), to, size) };
+        }
+        kept
+    }
+}
+
+/// One head of one row and what its pieces need for a while.
+pub(super) struct Walker<'a, T: Real, S: Simd<T>> {
+    s: S,
+    operands: &'a Operands<'a, T>,
+    task: [usize; 2],
+    pub(super) weights: Weights<T>,
+    /// Weighted queries or keys.
+    rows: Vec<T>,
+    /// Queries against keys.
+    scores: Vec<T>,
+    decays: Vec<T>,
+}
+
+impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
+    #[inline(always)]
+    pub(super) fn new(s: S, operands: &'a Operands<'a, T>, task: [usize; 2], pieces: &[Piece]) -> Self {
+        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        Self {
+            s,
+            operands,
+            task,
+            weights: Weights::new(s, &operands.decays, task[1], longest),
+            rows: vec![T::ZERO; longest.min(DEEP) * operands.sizes.keys],
+            scores: vec![T::ZERO; longest.min(BLOCK) * longest],
+            decays: vec![T::ZERO; longest],
         }
     }
+
+    #[inline(always)]
+    pub(super) fn turn_to(&mut self, piece: &Piece) {
+        self.weights.set(self.s, &self.operands.decays, self.task, piece);
+    }
+
+    /// The outputs of the current piece.
+    ///
+    /// # Safety
+    /// `to` has places for them that nobody else touches.
+    #[inline(always)]
+    unsafe fn outputs(&mut self, piece: &Piece, state: &[T], to: Target<T>) {
+        let (s, p) = (self.s, self.operands);
+        let [q, k, v] = p.matrices(self.task, &piece.tokens);
+        let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
+        let state = Matrix::new(state, [keys, values], [values, 1]);
+        if !piece.fresh {
+            for start in (0..length).step_by(DEEP) {
+                let q = q.part([start, 0], [DEEP.min(length - start), keys]);
+                let weights = &self.weights.from_start[start..];
+                let q = weigh(s, q, |i| weights[i] * p.scale, &mut self.rows);
+                // SAFETY: rows of the caller's target.
+                unsafe { multiply(to.from(start), None, q, state) };
+            }
+        }
+        // what is not finite must not meet the zeros of the upper triangle
+        let block = if all_finite(s, v) { BLOCK } else { 1 };
+        for start in (0..length).step_by(block) {
+            let rows = block.min(length - start);
+            let end = start + rows;
+            let q = weigh(s, q.part([start, 0], [rows, keys]), |_| p.scale, &mut self.rows);
+            // SAFETY: the scores have places for rows of `end <= length`.
+            unsafe {
+                let to = Target::new(&mut self.scores, end);
+                multiply(to, None, q, k.part([0, 0], [end, keys]).transposed());
+            }
+            for (i, scores) in self.scores.chunks_mut(end).enumerate().take(rows) {
+                mask(s, scores, self.weights.row(s, start + i, &mut self.decays));
+            }
+            let scores = Matrix::new(&self.scores, [rows, end], [end, 1]);
+            let keep = (!piece.fresh).then_some(T::ONE);
+            // SAFETY: rows of the caller's target, filled above where they are kept.
+            unsafe { multiply(to.from(start), keep, scores, v.part([0, 0], [end, values])) };
+        }
+    }
+
+    /// The state after the current piece.
+    #[inline(always)]
+    pub(super) fn advance(&mut self, piece: &Piece, state: &mut [T]) {
+        let (s, p) = (self.s, self.operands);
+        let [_, k, v] = p.matrices(self.task, &piece.tokens);
+        let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
+        let mut keep = (!piece.fresh).then_some(self.weights.whole);
+        for start in (0..length).step_by(DEEP) {
+            let rows = DEEP.min(length - start);
+            let weights = &self.weights.to_end[start..];
+            let k = weigh(s, k.part([start, 0], [rows, keys]), |i| weights[i], &mut self.rows);
+            let v = v.part([start, 0], [rows, values]);
+            // SAFETY: the state is [K, V].
+            unsafe { multiply(Target::new(state, values), keep, k.transposed(), v) };
+            keep = Some(T::ONE);
+        }
+    }
+}
+
+/// Multiplies a row of scores by its decays; those beyond become zero.
+#[inline(always)]
+pub(super) fn mask<T: Real, S: Simd<T>>(s: S, scores: &mut [T], decays: &[T]) {
+    use crate::backend::cpu::view::{lanes, load, put};
+    let (now, later) = scores.split_at_mut(decays.len());
+    for (i, n) in lanes(s, 0..now.len()) {
+        let value = s.mul(load(s, now, i, n), load(s, decays, i, n));
+        put(s, now, i, n, value);
+    }
+    later.fill(T::ZERO);
 }

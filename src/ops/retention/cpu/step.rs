@@ -1,170 +1,200 @@
-//! The recurrent form: one pass over the state a token.
+//! The recurrent form: token by token, the state read and written once for each.
 //!
-//! A task takes some value channels of a row and head, so that even one head is work for several threads. The floor of a
-//! single token is one read and one write of the state, `8 K V` bytes a row and head.
+//! Lanes are the numbers of a value; columns of the state are independent, so that blocks of them are walked alone. Four
+//! operations for every number of the state, which is read and written: memory is the floor.
 
 use super::Operands;
-use super::forward::Narrow;
+use super::forward::Retained;
 use crate::backend::cpu::parallel;
-use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
-use crate::backend::cpu::view::{Outlet, lanes, load, put, store};
-use candle_core::WithDType;
+use crate::backend::cpu::simd::{Kernel, Real, Simd};
+use crate::backend::cpu::view::{Outlet, lanes, load, store};
 use std::ops::Range;
 
-/// Value channels of a task: their part of each row of the state fills whole cache lines.
-const CHANNELS: usize = 256;
-/// Registers of outputs that are summed together.
-const TOGETHER: usize = 8;
+/// Registers of columns that are walked together.
+const REGISTERS: usize = 8;
+/// Columns in a piece of work.
+const COLUMNS: usize = 256;
 
-impl<E: Element> Operands<'_, E> {
-    /// The output `[B, T, H, V]` and the final state `[B, H, K, V]`, token by token.
-    pub(in super::super) fn step(&self) -> (Vec<E>, Vec<E::Real>) {
+impl<T: Real> Operands<'_, T> {
+    /// Token by token.
+    pub(in super::super) fn step(&self) -> Retained<T> {
+        let sizes = &self.sizes;
+        let outputs = sizes.batch * sizes.length * sizes.heads * sizes.values;
+        let states = sizes.batch * sizes.heads * self.state_size();
         let (mut o, mut state) = (Vec::new(), Vec::new());
-        let (length, heads, value) = (self.sizes.length, self.sizes.heads, self.sizes.value);
-        let outputs = self.sizes.batch * length * heads * value;
-        let outlet = Outlet::fresh_or_zeroed(&mut o, outputs, self.padded);
-        let states = Outlet::fresh(&mut state, self.states_size());
-        let mut tasks = vec![];
-        for row in 0..self.sizes.batch {
-            for head in 0..heads {
-                tasks.extend(
-                    parallel::pieces(value, CHANNELS).into_iter().map(|channels| (row, head, channels)),
-                );
-            }
+        {
+            let o = Outlet::fresh_or_zeroed(&mut o, outputs, self.padded);
+            let state = Outlet::fresh(&mut state, states);
+            let columns = parallel::pieces(sizes.values, COLUMNS);
+            let tasks: Vec<_> = self
+                .tasks()
+                .into_iter()
+                .flat_map(|task| columns.iter().map(move |c| (task, c.clone())))
+                .collect();
+            parallel::map(&tasks, self.work(), |(task, columns)| {
+                let step =
+                    Step { operands: self, task: *task, columns: columns.clone(), o: &o, state: &state };
+                T::dispatch_on(self.isa, step)
+            });
         }
-        parallel::map(&tasks, 2 * self.states_size().max(self.work()), |(row, head, channels)| {
-            let size = self.state_size();
-            let start = (row * heads + head) * size;
-            let before = self.initial.as_ref().map(|states| &states[start..start + size]);
-            let chunks = self.chunks(*row, *head, &(0..length), 1);
-            let mut from = before.map_or(Source::Zero, Source::Given);
-            let after = states.at(start, size);
-            let place = Place { key: self.sizes.key, value, channels, after };
-            if chunks.is_empty() {
-                place.copy(from);
-            }
-            let (mut q, mut k, mut v) = (vec![], vec![], vec![]);
-            let mut line = vec![E::Real::ZERO; channels.len()];
-            for chunk in chunks {
-                self.gather(0, *row, *head, &chunk.tokens, &mut q);
-                self.gather(1, *row, *head, &chunk.tokens, &mut k);
-                self.gather(2, *row, *head, &chunk.tokens, &mut v);
-                q.iter_mut().for_each(|q| *q *= E::Real::from_f64(self.scale));
-                if chunk.fresh {
-                    from = Source::Zero;
-                }
-                let decay = E::Real::from_f64(chunk.total().exp());
-                dispatch(Token {
-                    place: &place,
-                    from,
-                    q: &q,
-                    k: &k,
-                    v: &v[channels.clone()],
-                    decay,
-                    o: &mut line,
-                });
-                from = Source::Written;
-                let at = ((row * length + chunk.tokens.start) * heads + head) * value + channels.start;
-                dispatch(Narrow(&line, outlet.at(at, channels.len())));
-            }
-        });
-        // SAFETY: the tasks wrote every token, or zeros were there before, and all channels of every state.
+        // SAFETY: padding was zeroed; every task wrote all of its own columns.
         unsafe {
             o.set_len(outputs);
-            state.set_len(self.states_size());
+            state.set_len(states);
         }
-        (o, state)
+        Retained { o, state, kept: vec![] }
     }
 }
 
-/// Where the state before a token is.
-#[derive(Clone, Copy)]
-enum Source<'a, T> {
-    Zero,
-    Given(&'a [T]),
-    /// Where it was written.
-    Written,
+/// Walks the tokens of one head of one row, for some columns of the state.
+struct Step<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    task: [usize; 2],
+    columns: Range<usize>,
+    o: &'a Outlet<'a, T>,
+    state: &'a Outlet<'a, T>,
 }
 
-/// Some channels of the state of a row and head, which no other task touches: `[K, V]` at `after`.
-struct Place<'a, T> {
-    key: usize,
-    value: usize,
-    channels: &'a Range<usize>,
-    after: *mut T,
-}
-
-impl<T: Real> Place<'_, T> {
-    /// The state as it is, where there is no token.
-    fn copy(&self, from: Source<T>) {
-        for k in 0..self.key {
-            let start = k * self.value + self.channels.start;
-            for i in start..start + self.channels.len() {
-                let value = if let Source::Given(state) = from { state[i] } else { T::ZERO };
-                // SAFETY: a place of the state.
-                unsafe { self.after.add(i).write(value) };
-            }
-        }
-    }
-}
-
-/// One token: the state decayed, its update added, the output read.
-struct Token<'a, T> {
-    place: &'a Place<'a, T>,
-    from: Source<'a, T>,
-    q: &'a [T],
-    k: &'a [T],
-    v: &'a [T],
-    decay: T,
-    o: &'a mut [T],
-}
-
-impl<T: Real> Kernel<T> for Token<'_, T> {
+impl<T: Real> Kernel<T> for Step<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T>>(mut self, s: S) {
-        let width = self.v.len();
-        let whole = width / (TOGETHER * S::LANES) * TOGETHER * S::LANES;
-        for c in (0..whole).step_by(TOGETHER * S::LANES) {
-            self.columns::<S, TOGETHER>(s, c, S::LANES);
+    fn run<S: Simd<T>>(self, s: S) {
+        let (p, [row, head]) = (self.operands, self.task);
+        let (keys, values) = (p.sizes.keys, p.sizes.values);
+        let size = p.state_size();
+        let state = self.state.at((row * p.sizes.heads + head) * size, size);
+        // where the state is now: nowhere while it is zero, then where it came from, then in the result
+        let mut from = p.initial(self.task).map(|initial| initial.as_ptr());
+        for run in p.segments.row(row) {
+            if run.fresh {
+                from = None;
+            }
+            for t in run.tokens.clone() {
+                let [q, k, v] = p.matrices(self.task, &(t..t + 1)).map(|x| x.row(0));
+                if p.decays.resets([row, t, head]) {
+                    from = None;
+                }
+                let loss = p.decays.loss([row, t, head]);
+                let o = self.o.at(((row * p.sizes.length + t) * p.sizes.heads + head) * values, values);
+                let block = REGISTERS * S::LANES;
+                for start in self.columns.clone().step_by(block) {
+                    let token = Token { q, k, v, loss, scale: p.scale, stride: values };
+                    // SAFETY: the states hold K rows of V, o V numbers; these columns are this task's own.
+                    unsafe {
+                        let (from, state, o) =
+                            (from.map(|from| from.add(start)), state.add(start), o.add(start));
+                        let width = block.min(self.columns.end - start);
+                        match width == block {
+                            true => token.full(s, start, from, state, o),
+                            false => token.rest(s, start, width, from, state, o),
+                        }
+                    }
+                }
+                from = Some(state.cast_const());
+            }
         }
-        for (c, n) in lanes(s, whole..width) {
-            self.columns::<S, 1>(s, c, n);
+        if from != Some(state.cast_const()) {
+            for key in 0..keys {
+                // SAFETY: as above; the result has not been written yet.
+                unsafe {
+                    let at = key * values + self.columns.start;
+                    match from {
+                        Some(from) => {
+                            state.add(at).copy_from_nonoverlapping(from.add(at), self.columns.len())
+                        }
+                        None => state.add(at).write_bytes(0, self.columns.len()),
+                    }
+                }
+            }
         }
     }
 }
 
+/// One token of one head.
+struct Token<'a, T> {
+    q: &'a [T],
+    k: &'a [T],
+    v: &'a [T],
+    /// The decay less 1: rounded by itself, the error of a decay near 1 does not grow with the number of tokens.
+    loss: T,
+    scale: T,
+    /// Between two rows of the state.
+    stride: usize,
+}
+
 impl<T: Real> Token<'_, T> {
-    /// `R` registers of channels from `c`, `n` lanes of each.
+    /// All of [`REGISTERS`] from column `start`.
+    ///
+    /// # Safety
+    /// `from` (a zero state if `None`) and `to` point at the first of the columns in K rows, `o` at as many columns.
     #[inline(always)]
-    fn columns<S: Simd<T>, const R: usize>(&mut self, s: S, c: usize, n: usize) {
-        let Place { key, value, channels, after } = *self.place;
-        let at: [usize; R] = std::array::from_fn(|r| c + r * S::LANES);
-        let v = at.map(|c| load(s, self.v, c, n));
-        let decay = s.splat(self.decay);
-        let mut o = [s.splat(T::ZERO); R];
-        for k in 0..key {
-            let (kk, qk) = (s.splat(self.k[k]), s.splat(self.q[k]));
-            let row = k * value + channels.start;
-            for r in 0..R {
-                let old = match self.from {
-                    Source::Zero => s.splat(T::ZERO),
-                    Source::Given(state) => load(s, state, row + at[r], n),
-                    // SAFETY: n values of this task's channels, written for the token before.
-                    Source::Written => unsafe {
-                        let from = after.add(row + at[r]);
-                        if n == S::LANES { s.load(from) } else { s.load_first(from, n) }
-                    },
-                };
-                let new = s.fma(decay, old, s.mul(kk, v[r]));
-                // SAFETY: n places of this task's channels of the state.
-                unsafe { store::<T, S>(s, after.add(row + at[r]), n, new) };
-                o[r] = s.fma(qk, new, o[r]);
+    unsafe fn full<S: Simd<T>>(&self, s: S, start: usize, from: Option<*const T>, to: *mut T, o: *mut T) {
+        let zero = s.splat(T::ZERO);
+        let values: [S::V; REGISTERS] =
+            std::array::from_fn(|r| load(s, self.v, start + r * S::LANES, S::LANES));
+        let mut sums = [zero; REGISTERS];
+        let loss = s.splat(self.loss);
+        for (i, (q, k)) in self.q.iter().zip(self.k).enumerate() {
+            let (q, k) = (s.splat(*q), s.splat(*k));
+            for r in 0..REGISTERS {
+                let at = i * self.stride + r * S::LANES;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let state = match from {
+                        Some(from) => {
+                            let state = s.load(from.add(at));
+                            s.fma(k, values[r], s.fma(loss, state, state))
+                        }
+                        None => s.mul(k, values[r]),
+                    };
+                    s.store(to.add(at), state);
+                    sums[r] = s.fma(q, state, sums[r]);
+                }
             }
         }
-        for r in 0..R {
-            put(s, self.o, at[r], n, o[r]);
+        for (r, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { s.store(o.add(r * S::LANES), s.mul(s.splat(self.scale), sum)) };
+        }
+    }
+
+    /// The same for `width` columns.
+    ///
+    /// # Safety
+    /// As for [`Token::full`].
+    #[inline(always)]
+    unsafe fn rest<S: Simd<T>>(
+        &self,
+        s: S,
+        start: usize,
+        width: usize,
+        from: Option<*const T>,
+        to: *mut T,
+        o: *mut T,
+    ) {
+        for (c, n) in lanes(s, 0..width) {
+            let value = load(s, self.v, start + c, n);
+            let mut sum = s.splat(T::ZERO);
+            for (i, (q, k)) in self.q.iter().zip(self.k).enumerate() {
+                let at = i * self.stride + c;
+                let k = s.splat(*k);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let state = match from {
+                        Some(from) => {
+                            let from = from.add(at);
+                            let state = if n == S::LANES { s.load(from) } else { s.load_first(from, n) };
+                            s.fma(k, value, s.fma(s.splat(self.loss), state, state))
+                        }
+                        None => s.mul(k, value),
+                    };
+                    store(s, to.add(at), n, state);
+                    sum = s.fma(s.splat(*q), state, sum);
+                }
+            }
+            // SAFETY: the caller's promise.
+            unsafe { store(s, o.add(c), n, s.mul(s.splat(self.scale), sum)) };
         }
     }
 }
