@@ -1,7 +1,8 @@
 //! The causal convolution.
 
+use crate::agree::{agree, to, tolerance};
 use crate::common::*;
-use crate::{agree, gpu, to, tolerance};
+use crate::gpu;
 use candle_core::{DType, Device, Tensor};
 use subquadratic::ops::{CausalConv1d, Segments, causal_conv1d};
 

@@ -1,7 +1,8 @@
 //! Norms.
 
+use crate::agree::{agree, tolerance};
 use crate::common::*;
-use crate::{agree, gpu, tolerance};
+use crate::gpu;
 use candle_core::{DType, Tensor};
 use subquadratic::ops::norm::{Norm, NormKind, add_norm, gated_norm, norm};
 

@@ -1,8 +1,9 @@
 //! The selective scan.
 
+use crate::agree::{agree, to, tolerance};
 use crate::case::*;
 use crate::common::*;
-use crate::{agree, gpu, to, tolerance};
+use crate::gpu;
 use candle_core::{DType, Device, Tensor};
 use subquadratic::ops::Segments;
 
