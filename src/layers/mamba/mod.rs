@@ -129,7 +129,7 @@ impl Mamba {
     }
 
     /// The same for sequences that go on from `state`, which moves behind the last token. Any number of tokens, one
-    /// included. Differentiable through the state too; see [`MambaState::detach`].
+    /// included. Differentiable through the state too; see [`LayerState::detach`](crate::layers::LayerState::detach).
     ///
     /// # Errors
     /// Another shape or dtype, or a state of another batch or layer; `state` is left as it was.

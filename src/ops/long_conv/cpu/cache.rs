@@ -34,7 +34,7 @@ pub(in super::super) fn plan<T: Real>(points: usize) -> Plan<T> {
     made
 }
 
-/// Keeps the transforms of a layer's filters between calls of [`long_conv`](crate::ops::long_conv).
+/// Keeps the transforms of a layer's filters between calls of [`long_conv`](crate::ops::long_conv()).
 ///
 /// An entry is found again by the filter's contents: a fingerprint of all taps and skip weights, read at every call (a
 /// tenth of the time a call takes), so that a parameter changed in place can never meet its old transform. The

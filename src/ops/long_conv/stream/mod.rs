@@ -71,7 +71,7 @@ impl StreamConv {
     /// The convolution of `x` `[B, L, D]`, any number of tokens that go on from `state`, which moves behind them. Gates
     /// and segments as in [`LongConv`].
     ///
-    /// On the CPU, where no gradient is asked for, this costs what the [module](self) says; otherwise the past is
+    /// On the CPU, where no gradient is asked for, this costs what the module says; otherwise the past is
     /// convolved again, differentiably.
     ///
     /// # Errors
