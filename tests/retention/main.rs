@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use case::*;
 use common::*;
 use subquadratic::ops::retention::retention_reference;
-use subquadratic::ops::{Form, Segments};
+use subquadratic::ops::{Form, Retention, Segments, retention};
 
 /// Heads of queries, keys and values: all, grouped in every way.
 const HEADS: [[usize; 3]; 6] = [[1, 1, 1], [3, 3, 3], [4, 2, 2], [4, 1, 2], [1, 2, 4], [2, 6, 3]];
@@ -331,4 +331,44 @@ fn a_wrong_argument_is_named() {
     let segments = Segments::right_padded(&[1, 2, 3], 5).unwrap();
     let error = case.run(&case.tensors(1), Some(&segments)).unwrap_err().to_string();
     assert!(error.contains("retention: segments"), "{error}");
+}
+
+/// A single head of a single row is cut into spans of time; its outputs, states and gradients are those of the uncut
+/// recurrence, its bits those of any number of threads.
+#[test]
+fn a_single_head_is_cut_into_spans_of_time() {
+    let mut random = Random::new(31);
+    let form = Form::Chunkwise { chunk: 2 };
+    for length in [64, 71, 133] {
+        let dims = |width: usize| (1, length, 1, width);
+        let tensors = [
+            random.normal(dims(3)),
+            random.normal(dims(3)),
+            random.normal(dims(4)),
+            random.uniform(1, -0.2, -0.01),
+            random.normal((1, 1, 3, 4)),
+        ];
+        let run = |x: &[Tensor], form: Form| {
+            let (o, state) = retention(&Retention {
+                q: &x[0],
+                k: &x[1],
+                v: &x[2],
+                log_decay: &x[3],
+                scale: 0.6,
+                initial_state: Some(&x[4]),
+                segments: None,
+                form,
+            })?;
+            Ok(vec![o, state])
+        };
+        let (got, got_gradients) = gradients(&tensors, |x| run(x, form));
+        let (want, want_gradients) = gradients(&tensors, |x| run(x, Form::Recurrent));
+        for (got, want) in got.iter().chain(&got_gradients).zip(want.iter().chain(&want_gradients)) {
+            assert_close(&format!("{length} tokens"), got, want, 1e-11);
+        }
+        let bits_of = |threads| {
+            with_threads(threads, || run(&tensors, form).unwrap().iter().flat_map(bits).collect::<Vec<_>>())
+        };
+        assert_eq!(bits_of(1), bits_of(3));
+    }
 }
