@@ -28,7 +28,6 @@ fn main() -> subquadratic::Result<()> {
     operators::causal_conv1d::all(&mut criterion, &mut bench)?;
     operators::modal_conv::all(&mut criterion, &mut bench)?;
     operators::attention::all(&mut criterion, &mut bench)?;
-    operators::retention::all(&mut criterion, &mut bench)?;
     operators::norm::all(&mut criterion, &mut bench)?;
     operators::linear::all(&mut criterion, &mut bench)?;
     operators::long_conv::all(&mut criterion, &mut bench)?;
