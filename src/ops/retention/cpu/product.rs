@@ -1,9 +1,8 @@
 //! Small matrix products, and row by row what goes into them.
 
-use crate::backend::cpu::matrix::Matrix;
+use crate::backend::cpu::matrix::{self, Matrix};
 use crate::backend::cpu::simd::{Real, Simd};
 use crate::backend::cpu::view::{lanes, load, put};
-use gemm::{Parallelism, gemm};
 
 /// A matrix to write: `[i, j]` lies `stride i + j` from the start.
 #[derive(Clone, Copy)]
@@ -33,36 +32,9 @@ impl<T> Target<T> {
 /// # Safety
 /// `to` has a place for every element of the product, filled if it is kept, that nobody else touches.
 pub(super) unsafe fn multiply<T: Real>(to: Target<T>, keep: Option<T>, a: Matrix<T>, b: Matrix<T>) {
-    let ([m, k], [depth, n]) = (a.dims, b.dims);
-    assert_eq!(k, depth);
-    let [[a_row, a_column], [b_row, b_column], [to_row, _]] =
-        [a.strides, b.strides, [to.stride, 1]].map(|strides| strides.map(|stride| stride as isize));
-    let (read, alpha) = (keep.is_some(), keep.unwrap_or(T::ZERO));
-    let (start, one, none) = (to.start, T::ONE, Parallelism::None);
+    assert_eq!(a.dims[1], b.dims[0]);
     // SAFETY: the matrices hold what their dims say, the target by the caller's promise.
-    unsafe {
-        gemm(
-            m,
-            n,
-            k,
-            start,
-            1,
-            to_row,
-            read,
-            a.as_ptr(),
-            a_column,
-            a_row,
-            b.as_ptr(),
-            b_column,
-            b_row,
-            alpha,
-            one,
-            false,
-            false,
-            false,
-            none,
-        )
-    }
+    unsafe { matrix::multiply(a, b, to.start, to.stride, keep) }
 }
 
 /// `to[i] = weights[i] a[i]`, rows of a contiguous buffer.
