@@ -271,6 +271,7 @@ impl<T: Real> Run<'_, T> {
 
     /// `M` rows of `N` registers; returns `M`.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn tile<S: Simd<T>, const M: usize, const N: usize>(
         &self,
         s: S,
@@ -305,10 +306,11 @@ impl<T: Real> Run<'_, T> {
                 }
             }
         }
-        for (r, sums) in sums.into_iter().enumerate() {
+        // by numbers, so that the sums stay in their registers
+        for r in 0..M {
             let weight = weights.map(|weights| s.splat(weights[row + r]));
-            for (c, mut sum) in sums.into_iter().enumerate() {
-                let place = column + c * S::LANES;
+            for c in 0..N {
+                let (mut sum, place) = (sums[r][c], column + c * S::LANES);
                 let n = S::LANES.min(b.columns - place);
                 if let Some(weight) = weight {
                     sum = s.mul(weight, sum);

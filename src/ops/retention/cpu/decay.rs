@@ -66,6 +66,7 @@ pub(super) struct Weights<T> {
 
 impl<T: Real> Weights<T> {
     /// For pieces of a head of at most `length` tokens.
+    #[inline(always)]
     pub(super) fn new<S: Simd<T>>(s: S, decays: &Decays<T>, head: usize, length: usize) -> Self {
         let mut weights = Self {
             from_start: vec![],
