@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use common::*;
 use std::collections::HashMap;
+use subquadratic::layers::hyena::HyenaFilter;
 use subquadratic::layers::{Hyena, ModalHyena};
 use subquadratic::models::{LanguageModel, MixerConfig, ModelConfig, load};
 use subquadratic::ops::Poles;
@@ -20,12 +21,16 @@ fn model(dtype: DType) -> LanguageModel {
     for block in &mut config.blocks {
         let MixerConfig::Hyena(mixer) = &mut block.mixer else { panic!("a Hyena") };
         mixer.short_filter = 4;
+        // smooth filters, as training leaves them; at 10 a fresh one is nearly noise at this length
+        let HyenaFilter::Implicit(filter) = &mut mixer.filter else { panic!("a network") };
+        filter.w = 2.0;
     }
     let model = LanguageModel::init(&config, 3, dtype, &Device::Cpu).unwrap();
     let random = &mut Random::new(4);
     for (name, variable) in model.variables() {
         if !name.contains("pos_emb") {
-            let change = (random.normal(variable.shape()) * 0.05).unwrap().to_dtype(variable.dtype()).unwrap();
+            let change =
+                (random.normal(variable.shape()) * 0.05).unwrap().to_dtype(variable.dtype()).unwrap();
             variable.set(&(variable.as_tensor() + change).unwrap()).unwrap();
         }
     }
@@ -45,15 +50,14 @@ fn logits_stay_near_and_nearer_with_more_states() {
     let error = |states| {
         let (distilled, report) = model.distill(states).unwrap();
         let worst = report.iter().flat_map(|layer| layer.channels.iter().copied()).fold(0.0, f64::max);
-        let (rms, largest) = relative_errors(&distilled.forward(&ids).unwrap(), &want);
-        println!("{states} states: filters {worst:.1e}, logits {rms:.1e}, {largest:.1e}");
+        let (rms, _) = relative_errors(&distilled.forward(&ids).unwrap(), &want);
         // two blocks, each of which adds what its filters miss to the stream
         assert!(rms < 4.0 * worst, "{states} states: {rms:.1e} of logits, {worst:.1e} of filters");
         (worst, rms)
     };
-    let (few, enough) = (error(2), error(12));
-    assert!(few.0 > 2.0 * enough.0 && few.1 > 2.0 * enough.1);
-    assert!(enough.0 < 5e-2 && enough.1 < 2e-2);
+    let (few, enough) = (error(2), error(8));
+    assert!(few.0 > 10.0 * enough.0 && few.1 > 10.0 * enough.1);
+    assert!(enough.0 < 1e-2 && enough.1 < 2e-4, "{enough:?}");
 }
 
 #[test]
@@ -63,9 +67,12 @@ fn the_report_tells_how_far_the_written_filters_are() {
         let (distilled, report) = model.distill(4).unwrap();
         assert_eq!(report.iter().map(|layer| layer.block).collect::<Vec<_>>(), [0, 1]);
         for layer in &report {
-            let MixerConfig::Hyena(config) = &model.config().blocks[layer.block].mixer else { panic!("a Hyena") };
+            let MixerConfig::Hyena(config) = &model.config().blocks[layer.block].mixer else {
+                panic!("a Hyena")
+            };
             let prefix = format!("hyena.backbone.layers.{}.mixer.", layer.block);
-            let under = model.parameters().iter().filter_map(|(n, x)| Some((n.strip_prefix(&prefix)?, x.detach())));
+            let under =
+                model.parameters().iter().filter_map(|(n, x)| Some((n.strip_prefix(&prefix)?, x.detach())));
             let under: HashMap<String, Tensor> = under.map(|(n, x)| (n.to_string(), x)).collect();
             let hyena = Hyena::new(config, VarBuilder::from_tensors(under, dtype, &Device::Cpu)).unwrap();
             let want = hyena.filters().unwrap().remove(0).to_dtype(DType::F64).unwrap();
@@ -82,7 +89,10 @@ fn the_report_tells_how_far_the_written_filters_are() {
                 let left: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
                 let own: f64 = want.iter().map(|&x| square(x)).sum();
                 let own = (left / own).sqrt();
-                assert!((own - error).abs() <= 1e-9 + 1e-6 * error, "{dtype:?} channel {d}: {error} for {own}");
+                assert!(
+                    (own - error).abs() <= 1e-9 + 1e-6 * error,
+                    "{dtype:?} channel {d}: {error} for {own}"
+                );
             }
             assert!(Poles::Complex(&poles).largest().unwrap() <= 1.0);
         }
