@@ -53,7 +53,8 @@ impl ModalHyena {
             out_bias: config.out_bias,
         };
         let dtype = accumulation_dtype(vb.dtype());
-        let (poles, residues) = (fit.poles.to_dtype(dtype)?, fit.residues.to_dtype(dtype)?);
+        let poles = within_circle(&fit.poles, dtype)?.to_dtype(dtype)?;
+        let residues = fit.residues.to_dtype(dtype)?;
         let errors = errors(&filter, &poles, &residues)?;
         let old = config.parameters();
         let parameter = |name: &str| -> Result<Tensor> {
@@ -74,6 +75,14 @@ impl ModalHyena {
         let parameters = names.map(|name| Ok((name.clone(), parameter(&name)?))).collect::<Result<_>>()?;
         Ok(Distilled { config: to, parameters, errors })
     }
+}
+
+/// Poles `[D, S, 2]` that stay within the unit circle when their parts are rounded to `dtype`.
+fn within_circle(poles: &Tensor, dtype: DType) -> Result<Tensor> {
+    // each part moves by at most half a unit in the last place of 1
+    let most = 1.0 - if dtype == DType::F64 { 2f64.powi(-50) } else { 2f64.powi(-22) };
+    let radius = poles.sqr()?.sum_keepdim(2)?.sqrt()?;
+    Ok(poles.broadcast_mul(&(radius.maximum(most)?.recip()? * most)?)?)
 }
 
 /// How far the filters of these poles and residues are from `filter`, `[D, L]` in f64, channel by channel.
