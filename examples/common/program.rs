@@ -37,12 +37,14 @@ pub struct Arguments {
     /// Seed of initialisation and sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Where and in what to compute.
     #[command(flatten)]
-    place: Place,
+    pub place: Place,
     #[command(flatten)]
     sampling: Sampling,
+    /// What and how to train.
     #[command(flatten)]
-    training: Training,
+    pub training: Training,
 }
 
 /// What makes the program of one family.

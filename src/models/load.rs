@@ -4,6 +4,7 @@ use super::config::ModelConfig;
 use super::formats;
 use super::language_model::{LanguageModel, check_dtype};
 use super::weights::WeightFiles;
+use crate::ops::Poles;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use std::collections::{HashMap, HashSet};
@@ -67,9 +68,26 @@ fn load_with(
     for parameter in config.parameters() {
         let stored = names.get(&parameter.name).unwrap_or(&parameter.name);
         let tensor = files.read(stored, parameter.dtype(dtype), device)?;
+        report_unstable(&config.family.upstream_name(&parameter.name), &parameter.name, &tensor)?;
         tensors.insert(parameter.name, finish(tensor)?);
     }
     LanguageModel::from_tensors(&config, tensors, dtype, device)
+}
+
+/// Tells of poles outside the unit circle: the model is what its file says, but its filters grow with the length.
+fn report_unstable(upstream: &str, name: &str, tensor: &Tensor) -> Result<()> {
+    let poles = match name {
+        name if name.ends_with("filter.log_poles") => Poles::Log(tensor),
+        name if name.ends_with("filter.poles") => Poles::Complex(tensor),
+        _ => return Ok(()),
+    };
+    let largest = poles.largest()?;
+    if largest > 1.0 {
+        eprintln!(
+            "warning: {upstream}: a pole of absolute value {largest}: above 1, its filter grows without bound"
+        );
+    }
+    Ok(())
 }
 
 /// Whether a stored buffer holds these values, up to the rounding of a half.

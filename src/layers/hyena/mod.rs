@@ -244,6 +244,22 @@ impl Hyena {
         filters.into_iter().enumerate().map(order).collect()
     }
 
+    /// The long filters over the past of every order, `[D, l_max]` each, f32 or wider, without the skip weights.
+    ///
+    /// # Errors
+    /// A failed allocation.
+    pub fn filters(&self) -> Result<Vec<Tensor>> {
+        let built;
+        let orders = match self.trained {
+            true => {
+                built = self.build(self.config.l_max)?;
+                &built
+            }
+            false => self.fixed()?,
+        };
+        orders.iter().map(|order| Ok(order.past.t()?.contiguous()?)).collect()
+    }
+
     fn fixed(&self) -> Result<&[Order]> {
         if let Some(orders) = self.fixed.get() {
             return Ok(orders);

@@ -12,10 +12,12 @@
 //! Sources: Hyena (Poli et al. 2023); Laughing Hyena (Massaroli et al. 2023); StripedHyena 2 (Ku et al. 2025).
 
 mod config;
+mod distill;
 mod init;
 mod state;
 
 pub use config::{ChannelOrder, HyenaFilter, ModalHyenaConfig};
+pub use distill::Distilled;
 pub use state::ModalHyenaState;
 
 use super::Linear;
