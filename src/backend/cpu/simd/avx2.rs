@@ -41,6 +41,31 @@ impl Simd<f32> for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: the token proves the instructions, the caller vouches for both squares.
+        unsafe {
+            // half l of quads[i][j] holds rows 4 i to 4 i + 3 of column 4 l + j
+            let mut quads = [[_mm256_setzero_ps(); 4]; 2];
+            for (i, quads) in quads.iter_mut().enumerate() {
+                let row = |r: usize| _mm256_loadu_ps(from.add((4 * i + r) * stride));
+                let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+                let [low, high] = [
+                    [_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)],
+                    [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)],
+                ];
+                quads[0] = _mm256_shuffle_ps::<0x44>(low[0], low[1]);
+                quads[1] = _mm256_shuffle_ps::<0xee>(low[0], low[1]);
+                quads[2] = _mm256_shuffle_ps::<0x44>(high[0], high[1]);
+                quads[3] = _mm256_shuffle_ps::<0xee>(high[0], high[1]);
+            }
+            let [a, b] = quads;
+            for (j, (a, b)) in a.into_iter().zip(b).enumerate() {
+                _mm256_storeu_ps(to.add(j * to_stride), _mm256_permute2f128_ps::<0x20>(a, b));
+                _mm256_storeu_ps(to.add((4 + j) * to_stride), _mm256_permute2f128_ps::<0x31>(a, b));
+            }
+        }
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: the token proves that the CPU has the instruction.
         unsafe { _mm256_add_ps(a, b) }

@@ -51,6 +51,36 @@ impl Simd<f32> for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: the token proves the instructions, the caller vouches for both squares.
+        unsafe {
+            // quarter l of quads[i][j] holds rows 4 i to 4 i + 3 of column 4 l + j
+            let mut quads = [[_mm512_setzero_ps(); 4]; 4];
+            for (i, quads) in quads.iter_mut().enumerate() {
+                let row = |r: usize| _mm512_loadu_ps(from.add((4 * i + r) * stride));
+                let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+                let [low, high] = [
+                    [_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d)],
+                    [_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d)],
+                ];
+                quads[0] = _mm512_shuffle_ps::<0x44>(low[0], low[1]);
+                quads[1] = _mm512_shuffle_ps::<0xee>(low[0], low[1]);
+                quads[2] = _mm512_shuffle_ps::<0x44>(high[0], high[1]);
+                quads[3] = _mm512_shuffle_ps::<0xee>(high[0], high[1]);
+            }
+            let [a, b, c, d] = quads;
+            for (j, (((a, b), c), d)) in a.into_iter().zip(b).zip(c).zip(d).enumerate() {
+                let left = [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0x44>(c, d)];
+                let right = [_mm512_shuffle_f32x4::<0xee>(a, b), _mm512_shuffle_f32x4::<0xee>(c, d)];
+                let column = |l: usize, v: __m512| _mm512_storeu_ps(to.add((4 * l + j) * to_stride), v);
+                column(0, _mm512_shuffle_f32x4::<0x88>(left[0], left[1]));
+                column(1, _mm512_shuffle_f32x4::<0xdd>(left[0], left[1]));
+                column(2, _mm512_shuffle_f32x4::<0x88>(right[0], right[1]));
+                column(3, _mm512_shuffle_f32x4::<0xdd>(right[0], right[1]));
+            }
+        }
+    }
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: the token proves that the CPU has the instruction.
         unsafe { _mm512_add_ps(a, b) }

@@ -63,6 +63,17 @@ pub(crate) trait Simd<T: Real>: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn prefetch<E>(self, _: *const E) {}
 
+    /// Turns a square of `LANES` rows, `stride` apart, into columns: `to[j to_stride + i] = from[i stride + j]`.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const T, stride: usize, to: *mut T, to_stride: usize) {
+        for i in 0..Self::LANES {
+            for j in 0..Self::LANES {
+                // SAFETY: the caller vouches for both squares.
+                unsafe { to.add(j * to_stride + i).write(*from.add(i * stride + j)) };
+            }
+        }
+    }
+
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`

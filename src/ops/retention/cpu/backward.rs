@@ -15,12 +15,14 @@
 //! that nothing large cancels.
 
 use super::Operands;
-use super::forward::{BLOCK, Walker, mask};
-use super::product::{Target, dot, multiply, weigh};
+use super::decay::Weights;
+use super::forward::{BLOCK, mask};
+use super::scratch::{Gradient, Scratch};
 use crate::backend::cpu::matrix::Matrix;
 use crate::backend::cpu::parallel;
+use crate::backend::cpu::product::{Padded, Part, Product, dot};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
-use crate::backend::cpu::view::{Outlet, Rows, lanes, load, put};
+use crate::backend::cpu::view::{Outlet, Rows};
 use crate::ops::retention::plan::{self, Piece};
 use std::ops::Range;
 
@@ -118,174 +120,156 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
         let (p, [row, head]) = (self.operands, self.task);
         let size = p.state_size();
         let start = (row * p.sizes.heads + head) * size;
-        let mut gradient = match self.given.state {
-            Some(state) => state[start..start + size].to_vec(),
-            None => vec![T::ZERO; size],
-        };
         let pieces = p.pieces(self.task, self.chunk);
         let spans = plan::spans(&pieces, &p.sizes);
         let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let mut after = Gradient::new(s, p, self.given.state.map(|state| &state[start..start + size]));
         let mut scratch = Scratch::new(longest, p.sizes.keys, p.sizes.values);
-        let mut walker = Walker::new(s, p, self.task, &pieces);
+        let mut weights = Weights::new(s, &p.decays, head, longest);
         let mut kept = self.kept.chunks(size).rev();
-        let none = vec![T::ZERO; size];
-        let mut states: Vec<T> = vec![];
+        // values by keys, before each piece of a span
+        let deepest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
+        let mut states: Vec<_> = (0..deepest).map(|_| Padded::zeros(p.sizes.values, p.sizes.keys)).collect();
         for span in spans.into_iter().rev() {
-            // the states before each piece of the span
-            states.clear();
             let first = if pieces[span.start].fresh { None } else { kept.next() };
-            states.extend_from_slice(first.unwrap_or(&none));
-            for i in span.clone().skip(1) {
-                states.extend_from_within((i - 1 - span.start) * size..(i - span.start) * size);
-                let piece = &pieces[i - 1];
-                walker.turn_to(piece);
-                walker.advance(piece, &mut states[(i - span.start) * size..]);
+            match first {
+                Some(state) => states[0].fill_transposed(s, p.square(state)),
+                None => states[0].clear(),
             }
-            for i in span.clone().rev() {
-                let state = &states[(i - span.start) * size..][..size];
-                walker.turn_to(&pieces[i]);
-                self.piece(s, &walker, &pieces[i], state, &mut gradient, &mut scratch);
+            for (i, piece) in pieces[span.start..span.end - 1].iter().enumerate() {
+                weights.set(s, &p.decays, self.task, piece);
+                scratch.pack(s, p, self.task, piece, &weights);
+                let (before, next) = states.split_at_mut(i + 1);
+                scratch.advance(p, piece, weights.whole, &mut before[i], &mut next[0]);
+            }
+            for (piece, state) in pieces[span].iter().zip(&states).rev() {
+                weights.set(s, &p.decays, self.task, piece);
+                scratch.pack(s, p, self.task, piece, &weights);
+                self.piece(s, &weights, piece, state, &mut after, &mut scratch);
             }
         }
         let to = self.outlets.initial.at(start, size);
         // SAFETY: at() checked the places, which are this task's own.
-        unsafe { std::ptr::copy_nonoverlapping(gradient.as_ptr(), to, size) };
-    }
-}
-
-/// What a piece needs for a while.
-struct Scratch<T> {
-    /// Weighted rows.
-    rows: Vec<T>,
-    outputs: Vec<T>,
-    /// `A` and `P` of a block.
-    scores: Vec<T>,
-    slopes: Vec<T>,
-    decays: Vec<T>,
-    /// Gradients of q, k and v of the piece.
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-    /// Those of the decays.
-    decay: Vec<T>,
-    /// Paths from the state before to each token, and from each token to the state after.
-    before: Vec<T>,
-    after: Vec<T>,
-}
-
-impl<T: Real> Scratch<T> {
-    fn new(longest: usize, keys: usize, values: usize) -> Self {
-        let zeros = |n| vec![T::ZERO; n];
-        let scores = longest.min(BLOCK) * longest;
-        Self {
-            rows: zeros(longest * keys),
-            outputs: zeros(longest * values),
-            scores: zeros(scores),
-            slopes: zeros(scores),
-            decays: zeros(longest),
-            q: zeros(longest * keys),
-            k: zeros(longest * keys),
-            v: zeros(longest * values),
-            decay: zeros(longest),
-            before: zeros(longest),
-            after: zeros(longest),
-        }
+        unsafe { after.rows.copy_to(to) };
     }
 }
 
 impl<T: Real> Back<'_, T> {
-    /// One piece: writes its gradients and moves `gradient`, that of the state, from after it to before it.
+    /// One piece, packed: writes its gradients and moves `gradient`, that of the state, from after it to before it.
+    /// `state` is that before it, turned.
     #[inline(always)]
     fn piece<S: Simd<T>>(
         &self,
         s: S,
-        walker: &Walker<T, S>,
+        weights: &Weights<T>,
         piece: &Piece,
-        state: &[T],
-        gradient: &mut [T],
+        state: &Padded<T>,
+        gradient: &mut Gradient<T>,
         scratch: &mut Scratch<T>,
     ) {
         let p = self.operands;
         let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
         let [q, k, v] = p.matrices(self.task, &piece.tokens);
-        let weights = &walker.weights;
-        let square = |x| Matrix::new(x, [keys, values], [values, 1]);
         let with_decay = self.outlets.log_decay.is_some();
-        let outputs = self.outputs(s, &piece.tokens, &mut scratch.outputs);
+        scratch.k.fill(s, k, |_| T::ONE);
+        scratch.q.fill(s, q, |_| T::ONE);
+        scratch.turned_k.fill_transposed(s, k);
+        scratch.turned_v.fill_transposed(s, v);
+        self.outputs(s, &piece.tokens, &mut scratch.outputs);
         scratch.decay[..length].fill(T::ZERO);
         if with_decay && !piece.fresh {
-            let through = weights.whole * dot(s, state, gradient);
+            let through = weights.whole * dot(s, state.all(), gradient.turned.all());
             scratch.decay[..length].fill(through);
         }
         // SAFETY: the targets hold L rows of K, L rows of V and K rows of V.
         unsafe {
             // to the state after
-            multiply(Target::new(&mut scratch.k, keys), None, v, square(gradient).transposed());
-            weigh_in_place(s, &mut scratch.k, keys, &weights.to_end);
-            let weighted = weigh(s, k, |i| weights.to_end[i], &mut scratch.rows);
-            multiply(Target::new(&mut scratch.v, values), None, weighted, square(gradient));
+            let from_v = Product::new(scratch.v.matrix(length), gradient.turned.right(0..values, keys));
+            from_v.weights(&weights.to_end).write(p.isa, scratch.dk.target());
+            let from_k = Product::new(scratch.k.matrix(length), gradient.rows.right(0..keys, values));
+            from_k.weights(&weights.to_end).write(p.isa, scratch.dv.target());
             if piece.fresh {
-                scratch.q[..length * keys].fill(T::ZERO);
-                gradient.fill(T::ZERO);
+                scratch.dq.clear();
+                gradient.rows.clear();
+                gradient.turned.clear();
             } else {
                 // from the state before
-                multiply(Target::new(&mut scratch.q, keys), None, outputs, square(state).transposed());
-                weigh_in_place(s, &mut scratch.q, keys, &weights.from_start);
-                let weighted = weigh(s, q, |i| weights.from_start[i], &mut scratch.rows);
-                let to = Target::new(gradient, values);
-                multiply(to, Some(weights.whole), weighted.transposed(), outputs);
+                let outputs = scratch.outputs.matrix(length);
+                let into_q = Product::new(outputs, state.right(0..values, keys));
+                into_q.weights(&weights.from_start).write(p.isa, scratch.dq.target());
+                scratch.early_q.fill(s, q, |i| weights.from_start[i]);
+                let q = scratch.early_q.matrix(length).transposed();
+                let to = gradient.rows.target();
+                let product = Product::new(q, scratch.outputs.right(0..length, values));
+                product.plus(Some((to, weights.whole))).write(p.isa, to);
+                gradient.turn(s);
             }
         }
         if with_decay {
             for i in 0..length {
-                scratch.before[i] = dot(s, q.row(i), &scratch.q[i * keys..][..keys]);
-                scratch.after[i] = dot(s, k.row(i), &scratch.k[i * keys..][..keys]);
+                scratch.before[i] = dot(s, scratch.q.row(i), scratch.dq.row(i));
+                scratch.after[i] = dot(s, scratch.k.row(i), scratch.dk.row(i));
             }
             along_decays(&mut scratch.decay[..length], &scratch.before, &scratch.after);
         }
         for start in (0..length).step_by(BLOCK) {
-            let rows = BLOCK.min(length - start);
-            let end = start + rows;
-            let (q, outputs) = (q.part([start, 0], [rows, keys]), outputs.part([start, 0], [rows, values]));
-            let (k, v) = (k.part([0, 0], [end, keys]), v.part([0, 0], [end, values]));
-            // SAFETY: scores and slopes have places for rows of `end <= length`, the gradients for `end` rows.
-            unsafe {
-                multiply(Target::new(&mut scratch.scores, end), None, q, k.transposed());
-                multiply(Target::new(&mut scratch.slopes, end), None, outputs, v.transposed());
-                let pairs = scratch.scores.chunks_mut(end).zip(scratch.slopes.chunks_mut(end));
-                for (i, (scores, slopes)) in pairs.enumerate().take(rows) {
-                    let decays = weights.row(s, start + i, &mut scratch.decays);
-                    mask(s, scores, decays);
-                    if with_decay {
-                        between(scores, slopes, start + i, &mut scratch.decay);
-                    }
-                    mask(s, slopes, decays);
-                }
-                let scores = Matrix::new(&scratch.scores, [rows, end], [end, 1]);
-                let slopes = Matrix::new(&scratch.slopes, [rows, end], [end, 1]);
-                let one = Some(T::ONE);
-                multiply(Target::new(&mut scratch.q, keys).from(start), one, slopes, k);
-                multiply(Target::new(&mut scratch.k, keys), one, slopes.transposed(), q);
-                multiply(Target::new(&mut scratch.v, values), one, scores.transposed(), outputs);
-            }
+            self.block(s, weights, start..length.min(start + BLOCK), scratch);
         }
         self.write(s, &piece.tokens, scratch);
     }
 
+    /// Some tokens of a piece and those before them among themselves.
+    #[inline(always)]
+    fn block<S: Simd<T>>(&self, s: S, weights: &Weights<T>, tokens: Range<usize>, scratch: &mut Scratch<T>) {
+        let (p, Range { start, end }, rows) = (self.operands, tokens.clone(), tokens.len());
+        let (keys, values) = (p.sizes.keys, p.sizes.values);
+        let q = scratch.q.matrix(end).part([start, 0], [rows, keys]);
+        let outputs = scratch.outputs.matrix(end).part([start, 0], [rows, values]);
+        // SAFETY: scores and slopes have places for rows of `end` numbers, the gradients for `end` rows.
+        unsafe {
+            let scores = Product::new(q, scratch.turned_k.right(0..keys, end)).part(Part::Lower(start));
+            scores.write(p.isa, scratch.scores.target());
+            let slopes = Product::new(outputs, scratch.turned_v.right(0..values, end));
+            slopes.part(Part::Lower(start)).write(p.isa, scratch.slopes.target());
+        }
+        for i in 0..rows {
+            let decays = weights.row(s, start + i, &mut scratch.decays);
+            let scores = &mut scratch.scores.row_mut(i)[..end];
+            let slopes = &mut scratch.slopes.row_mut(i)[..end];
+            mask(s, scores, decays);
+            if self.outlets.log_decay.is_some() {
+                between(scores, slopes, start + i, &mut scratch.decay);
+            }
+            mask(s, slopes, decays);
+        }
+        let scores = scratch.scores.matrix(rows).part([0, 0], [rows, end]);
+        let slopes = scratch.slopes.matrix(rows).part([0, 0], [rows, end]);
+        let (lower, upper) = (Part::LowerLeft(start), Part::UpperLeft(start));
+        // SAFETY: as above.
+        unsafe {
+            let dq = scratch.dq.target().from(start);
+            let from_k = Product::new(slopes, scratch.k.right(0..end, keys)).part(lower);
+            from_k.plus(Some((dq, T::ONE))).write(p.isa, dq);
+            let dk = scratch.dk.target();
+            let from_q = Product::new(slopes.transposed(), scratch.q.right(tokens.clone(), keys)).part(upper);
+            from_q.plus(Some((dk, T::ONE))).write(p.isa, dk);
+            let dv = scratch.dv.target();
+            let from_outputs = Product::new(scores.transposed(), scratch.outputs.right(tokens, values));
+            from_outputs.part(upper).plus(Some((dv, T::ONE))).write(p.isa, dv);
+        }
+    }
+
     /// `scale do` of some tokens, zero where there is none.
     #[inline(always)]
-    fn outputs<'t, S: Simd<T>>(&self, s: S, tokens: &Range<usize>, to: &'t mut [T]) -> Matrix<'t, T> {
+    fn outputs<S: Simd<T>>(&self, s: S, tokens: &Range<usize>, to: &mut Padded<T>) {
         let (p, [row, head]) = (self.operands, self.task);
-        let dims = [tokens.len(), p.sizes.values];
         match &self.given.o {
             Some(o) => {
                 let (data, stride) = o.from([row, tokens.start, head], 1);
-                weigh(s, Matrix::new(data, dims, [stride, 1]), |_| p.scale, to)
+                let o = Matrix::new(data, [tokens.len(), p.sizes.values], [stride, 1]);
+                to.fill(s, o, |_| p.scale);
             }
-            None => {
-                to[..dims[0] * dims[1]].fill(T::ZERO);
-                Matrix::new(to, dims, [dims[1], 1])
-            }
+            None => to.clear(),
         }
     }
 
@@ -293,35 +277,20 @@ impl<T: Real> Back<'_, T> {
     #[inline(always)]
     fn write<S: Simd<T>>(&self, _: S, tokens: &Range<usize>, scratch: &Scratch<T>) {
         let (p, [row, head]) = (self.operands, self.task);
-        let (keys, values) = (p.sizes.keys, p.sizes.values);
-        let sides = [
-            (&self.outlets.q, &scratch.q, keys),
-            (&self.outlets.k, &scratch.k, keys),
-            (&self.outlets.v, &scratch.v, values),
-        ];
+        let sides =
+            [(&self.outlets.q, &scratch.dq), (&self.outlets.k, &scratch.dk), (&self.outlets.v, &scratch.dv)];
         for (i, t) in tokens.clone().enumerate() {
             let index = (row * p.sizes.length + t) * p.sizes.heads + head;
-            for (outlet, from, width) in sides {
-                let from = &from[i * width..][..width];
-                let to = outlet.at(index * width, width);
+            for (outlet, from) in sides {
+                let from = from.row(i);
+                let to = outlet.at(index * from.len(), from.len());
                 // SAFETY: at() checked the places, which are this task's own.
-                unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, width) };
+                unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
             }
             if let Some(outlet) = &self.outlets.log_decay {
                 // SAFETY: as above.
                 unsafe { outlet.at(index, 1).write(scratch.decay[i]) };
             }
-        }
-    }
-}
-
-/// Rows of a buffer times their weights.
-#[inline(always)]
-fn weigh_in_place<T: Real, S: Simd<T>>(s: S, rows: &mut [T], columns: usize, weights: &[T]) {
-    for (row, weight) in rows.chunks_mut(columns).zip(weights) {
-        for (c, n) in lanes(s, 0..columns) {
-            let value = s.mul(load(s, row, c, n), s.splat(*weight));
-            put(s, row, c, n, value);
         }
     }
 }

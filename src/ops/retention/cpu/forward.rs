@@ -5,17 +5,14 @@
 
 use super::Operands;
 use super::decay::Weights;
-use super::product::{Target, all_finite, multiply, weigh};
-use crate::backend::cpu::matrix::Matrix;
 use crate::backend::cpu::parallel;
+use crate::backend::cpu::product::{Padded, Part, Product, Target, all_finite};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
-use crate::backend::cpu::view::Outlet;
+use crate::backend::cpu::view::{Outlet, lanes, load, put};
 use crate::ops::retention::plan::{self, Piece};
 
 /// Tokens that look at those before them together.
 pub(super) const BLOCK: usize = 64;
-/// Tokens that go through the state together.
-pub(super) const DEEP: usize = 256;
 
 /// What a forward pass leaves.
 pub(in super::super) struct Retained<T> {
@@ -77,16 +74,20 @@ impl<T: Real> Kernel<T> for Walk<'_, T> {
         let Walk { task, chunk, .. } = self;
         let size = p.state_size();
         let pieces = p.pieces(task, chunk);
-        let mut state = p.initial(task).map_or_else(|| vec![T::ZERO; size], |state| state.to_vec());
+        let mut state = Padded::zeros(p.sizes.keys, p.sizes.values);
+        if let Some(initial) = p.initial(task) {
+            state.fill(s, p.square(initial), |_| T::ONE);
+        }
         let mut walker = Walker::new(s, p, task, &pieces);
         let mut kept = vec![];
         let spans = if self.keep { plan::spans(&pieces, &p.sizes) } else { vec![] };
         let mut starts = spans.iter().map(|span| span.start).peekable();
         for (i, piece) in pieces.iter().enumerate() {
             if starts.next_if_eq(&i).is_some() && !piece.fresh {
-                kept.extend_from_slice(&state);
+                state.append_to(&mut kept);
             }
             walker.turn_to(piece);
+            walker.pack(piece);
             if let Some(o) = self.o {
                 let offset =
                     ((row * p.sizes.length + piece.tokens.start) * p.sizes.heads + head) * p.sizes.values;
@@ -102,7 +103,7 @@ impl<T: Real> Kernel<T> for Walk<'_, T> {
         if let Some(to) = self.state {
             let to = to.at((row * p.sizes.heads + head) * size, size);
             // SAFETY: at() checked the places, which are this task's own.
-            unsafe { std::ptr::copy_nonoverlapping(state.as_ptr(), to, size) };
+            unsafe { state.copy_to(to) };
         }
         kept
     }
@@ -114,10 +115,15 @@ pub(super) struct Walker<'a, T: Real, S: Simd<T>> {
     operands: &'a Operands<'a, T>,
     task: [usize; 2],
     pub(super) weights: Weights<T>,
-    /// Weighted queries or keys.
-    rows: Vec<T>,
-    /// Queries against keys.
-    scores: Vec<T>,
+    /// Keys by tokens.
+    turned_keys: Padded<T>,
+    /// Values of the piece, and its keys weighted by what is left of them at its end.
+    values: Padded<T>,
+    keys: Padded<T>,
+    /// Of a block: queries, what comes out of the state, queries against keys.
+    queries: Padded<T>,
+    outputs: Padded<T>,
+    scores: Padded<T>,
     decays: Vec<T>,
 }
 
@@ -125,13 +131,18 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
     #[inline(always)]
     pub(super) fn new(s: S, operands: &'a Operands<'a, T>, task: [usize; 2], pieces: &[Piece]) -> Self {
         let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let (block, keys, values) = (longest.min(BLOCK), operands.sizes.keys, operands.sizes.values);
         Self {
             s,
             operands,
             task,
             weights: Weights::new(s, &operands.decays, task[1], longest),
-            rows: vec![T::ZERO; longest.min(DEEP) * operands.sizes.keys],
-            scores: vec![T::ZERO; longest.min(BLOCK) * longest],
+            turned_keys: Padded::zeros(keys, longest),
+            values: Padded::zeros(longest, values),
+            keys: Padded::zeros(longest, keys),
+            queries: Padded::zeros(block, keys),
+            outputs: Padded::zeros(block, values),
+            scores: Padded::zeros(block, longest),
             decays: vec![T::ZERO; longest],
         }
     }
@@ -141,69 +152,69 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
         self.weights.set(self.s, &self.operands.decays, self.task, piece);
     }
 
+    /// Copies keys and values of the current piece.
+    #[inline(always)]
+    fn pack(&mut self, piece: &Piece) {
+        let [_, k, v] = self.operands.matrices(self.task, &piece.tokens);
+        let to_end = &self.weights.to_end;
+        self.keys.fill(self.s, k, |i| to_end[i]);
+        self.values.fill(self.s, v, |_| T::ONE);
+    }
+
     /// The outputs of the current piece.
     ///
     /// # Safety
     /// `to` has places for them that nobody else touches.
     #[inline(always)]
-    unsafe fn outputs(&mut self, piece: &Piece, state: &[T], to: Target<T>) {
+    unsafe fn outputs(&mut self, piece: &Piece, state: &Padded<T>, to: Target<T>) {
         let (s, p) = (self.s, self.operands);
         let [q, k, v] = p.matrices(self.task, &piece.tokens);
         let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
-        let state = Matrix::new(state, [keys, values], [values, 1]);
-        if !piece.fresh {
-            for start in (0..length).step_by(DEEP) {
-                let q = q.part([start, 0], [DEEP.min(length - start), keys]);
-                let weights = &self.weights.from_start[start..];
-                let q = weigh(s, q, |i| weights[i] * p.scale, &mut self.rows);
-                // SAFETY: rows of the caller's target.
-                unsafe { multiply(to.from(start), None, q, state) };
-            }
-        }
+        self.turned_keys.fill_transposed(s, k);
         // what is not finite must not meet the zeros of the upper triangle
-        let block = if all_finite(s, v) { BLOCK } else { 1 };
-        for start in (0..length).step_by(block) {
-            let rows = block.min(length - start);
+        let single = !all_finite(s, v);
+        for start in (0..length).step_by(BLOCK) {
+            let rows = BLOCK.min(length - start);
             let end = start + rows;
-            let q = weigh(s, q.part([start, 0], [rows, keys]), |_| p.scale, &mut self.rows);
-            // SAFETY: the scores have places for rows of `end <= length`.
+            self.queries.fill(s, q.part([start, 0], [rows, keys]), |_| p.scale);
+            let q = self.queries.matrix(rows);
+            let (outputs, scores) = (self.outputs.target(), self.scores.target());
+            // SAFETY: outputs and scores have places for a block; the last target is the caller's, row `start` on.
             unsafe {
-                let to = Target::new(&mut self.scores, end);
-                multiply(to, None, q, k.part([0, 0], [end, keys]).transposed());
+                if !piece.fresh {
+                    let weights = &self.weights.from_start[start..];
+                    Product::new(q, state.right(0..keys, values)).weights(weights).write(p.isa, outputs);
+                }
+                let product = Product::new(q, self.turned_keys.right(0..keys, end)).part(Part::Lower(start));
+                product.write(p.isa, scores);
+                for i in 0..rows {
+                    let decays = self.weights.row(s, start + i, &mut self.decays);
+                    mask(s, &mut self.scores.row_mut(i)[..end], decays);
+                }
+                let scores = self.scores.matrix(rows).part([0, 0], [rows, end]);
+                let product = Product::new(scores, self.values.right(0..end, values));
+                let product = product.part(Part::LowerLeft(start)).single(single);
+                let plus = (!piece.fresh).then_some((outputs, T::ONE));
+                product.plus(plus).write(p.isa, to.from(start));
             }
-            for (i, scores) in self.scores.chunks_mut(end).enumerate().take(rows) {
-                mask(s, scores, self.weights.row(s, start + i, &mut self.decays));
-            }
-            let scores = Matrix::new(&self.scores, [rows, end], [end, 1]);
-            let keep = (!piece.fresh).then_some(T::ONE);
-            // SAFETY: rows of the caller's target, filled above where they are kept.
-            unsafe { multiply(to.from(start), keep, scores, v.part([0, 0], [end, values])) };
         }
     }
 
     /// The state after the current piece.
     #[inline(always)]
-    pub(super) fn advance(&mut self, piece: &Piece, state: &mut [T]) {
-        let (s, p) = (self.s, self.operands);
-        let [_, k, v] = p.matrices(self.task, &piece.tokens);
-        let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
-        let mut keep = (!piece.fresh).then_some(self.weights.whole);
-        for start in (0..length).step_by(DEEP) {
-            let rows = DEEP.min(length - start);
-            let weights = &self.weights.to_end[start..];
-            let k = weigh(s, k.part([start, 0], [rows, keys]), |i| weights[i], &mut self.rows);
-            let v = v.part([start, 0], [rows, values]);
-            // SAFETY: the state is [K, V].
-            unsafe { multiply(Target::new(state, values), keep, k.transposed(), v) };
-            keep = Some(T::ONE);
-        }
+    fn advance(&mut self, piece: &Piece, state: &mut Padded<T>) {
+        let (length, to) = (piece.tokens.len(), state.target());
+        let k = self.keys.matrix(length).transposed();
+        let product = Product::new(k, self.values.right(0..length, self.operands.sizes.values));
+        let plus = (!piece.fresh).then_some((to, self.weights.whole));
+        // SAFETY: the state is [K, V].
+        unsafe { product.plus(plus).write(self.operands.isa, to) };
     }
 }
 
 /// Multiplies a row of scores by its decays; those beyond become zero.
 #[inline(always)]
 pub(super) fn mask<T: Real, S: Simd<T>>(s: S, scores: &mut [T], decays: &[T]) {
-    use crate::backend::cpu::view::{lanes, load, put};
     let (now, later) = scores.split_at_mut(decays.len());
     for (i, n) in lanes(s, 0..now.len()) {
         let value = s.mul(load(s, now, i, n), load(s, decays, i, n));

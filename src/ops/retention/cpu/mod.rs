@@ -1,13 +1,12 @@
 //! The CPU path: a head of a row is one piece of work, walked chunk by chunk with its state in the second cache.
 //!
 //! [`Operands`] are the arguments, read where they lie. [`forward`] walks chunks, [`backward`] goes back through them,
-//! [`step`] is the recurrent form. What a chunk needs of the decays is in [`decay`]; its matrix products are calls of the
-//! crate gemm on one thread ([`product`]).
+//! [`step`] is the recurrent form. What a chunk needs of the decays is in [`decay`].
 
 pub(super) mod backward;
 pub(super) mod decay;
 pub(super) mod forward;
-mod product;
+mod scratch;
 pub(super) mod step;
 
 use self::decay::Decays;
@@ -108,6 +107,11 @@ impl<'a, T: Real> Operands<'a, T> {
             let (data, stride) = rows.from([row, tokens.start, group], 1);
             Matrix::new(data, [tokens.len(), rows.width()], [stride, 1])
         })
+    }
+
+    /// A state or its gradient.
+    fn square<'s>(&self, state: &'s [T]) -> Matrix<'s, T> {
+        Matrix::new(state, [self.sizes.keys, self.sizes.values], [self.sizes.values, 1])
     }
 
     /// The state before the first token of a head, `[K, V]`.
