@@ -9,6 +9,7 @@ use rand::{SeedableRng, rngs::StdRng};
 use std::collections::HashMap;
 use subquadratic::layers::hyena::{FilterOrder, HyenaFilter, ImplicitFilter, SineFrequency};
 use subquadratic::layers::{Hyena, HyenaConfig, LayerState};
+use subquadratic::models::{LanguageModel, ModelConfig};
 use subquadratic::ops::{LongConvState, Segments};
 use subquadratic::{Error, Result};
 
@@ -341,5 +342,35 @@ fn every_parameter_gets_a_gradient_in_low_precision() {
     for (leaf, parameter) in leaves.iter().zip(&declared) {
         let gradient = store.get(leaf).unwrap_or_else(|| panic!("no gradient of {}", parameter.name));
         assert!(values(gradient).iter().any(|&g| g != 0.0), "{}", parameter.name);
+    }
+}
+
+/// Blocks that forget their activations give the same gradients, through the state too.
+#[test]
+fn recomputed_blocks_carry_their_state() {
+    let config = ModelConfig::hyena(6, 2, 12, 20);
+    let mut model = LanguageModel::init(&config, 3, DType::F64, &Device::Cpu).unwrap();
+    let ids =
+        Tensor::new(&[[7u32, 8, 9, 10, 11, 7, 9, 4], [10, 9, 8, 7, 0, 6, 11, 8]], &Device::Cpu).unwrap();
+    let mut run = |recompute: bool| {
+        model.set_recompute(recompute);
+        let (mut state, mut start, mut logits) = (model.init_state(2).unwrap(), 0, vec![]);
+        for length in [3, 1, 4] {
+            let part = ids.narrow(1, start, length).unwrap();
+            logits.push(model.forward_with_state(&part, &mut state).unwrap());
+            start += length;
+        }
+        let logits = Tensor::cat(&logits, 1).unwrap();
+        let gradients = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let of = |(name, variable): (&String, &Var)| {
+            (name.clone(), gradients.get(variable).unwrap_or_else(|| panic!("{name}: no gradient")).clone())
+        };
+        (logits, model.variables().iter().map(of).collect::<Vec<_>>())
+    };
+    let (logits, kept) = run(false);
+    let (again, recomputed) = run(true);
+    assert_close("logits", &again, &logits, 1e-12);
+    for ((name, got), (_, want)) in recomputed.iter().zip(&kept) {
+        assert_close(name, got, want, 1e-10);
     }
 }

@@ -30,27 +30,8 @@ pub fn text(id: u32) -> String {
 /// counted and reported.
 pub fn read(path: &Path) -> Outcome<Vec<u8>> {
     let wrong = |reason: String| format!("{}: {reason}", path.display());
-    let mut bytes = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
-    if bytes.starts_with(&[0x1f, 0x8b]) {
-        let mut plain = vec![];
-        let decoded = MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut plain);
-        decoded.map_err(|error| wrong(format!("truncated or damaged gzip data: {error}")))?;
-        bytes = plain;
-    }
-    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
-    if !matches!(first, Some(b'>' | b';')) {
-        return Err(wrong("expected a FASTA file, which begins with `>`".into()).into());
-    }
-    let (mut tokens, mut foreign) = (vec![], 0);
-    let lines = bytes.split(|&byte| byte == b'\n').filter(|line| !matches!(line.first(), Some(b'>' | b';')));
-    for letter in lines.flatten().filter(|letter| !letter.is_ascii_whitespace()) {
-        let (id, known) = token(*letter);
-        foreign += usize::from(!known);
-        tokens.push(id);
-    }
-    if tokens.is_empty() {
-        return Err(wrong("no letters".into()).into());
-    }
+    let bytes = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
+    let (tokens, foreign) = parse(bytes).map_err(wrong)?;
     if foreign > 0 {
         eprintln!(
             "{}: {foreign} of {} letters are none of ACGTN and were read as N",
@@ -59,4 +40,30 @@ pub fn read(path: &Path) -> Outcome<Vec<u8>> {
         );
     }
     Ok(tokens)
+}
+
+/// The tokens in the bytes of a file, and how many letters were foreign.
+pub fn parse(mut bytes: Vec<u8>) -> Result<(Vec<u8>, usize), String> {
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        let mut plain = vec![];
+        let decoded = MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut plain);
+        decoded.map_err(|error| format!("truncated or damaged gzip data: {error}"))?;
+        bytes = plain;
+    }
+    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
+    if !matches!(first, Some(b'>' | b';')) {
+        return Err("expected a FASTA file, which begins with `>`".into());
+    }
+    let (mut tokens, mut foreign) = (vec![], 0);
+    let lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii_start);
+    let lines = lines.filter(|line| !matches!(line.first(), Some(b'>' | b';')));
+    for letter in lines.flatten().filter(|letter| !letter.is_ascii_whitespace()) {
+        let (id, known) = token(*letter);
+        foreign += usize::from(!known);
+        tokens.push(id);
+    }
+    if tokens.is_empty() {
+        return Err("no letters".into());
+    }
+    Ok((tokens, foreign))
 }

@@ -181,10 +181,7 @@ impl LanguageModel {
     ) -> Result<Stream> {
         for (i, block) in self.blocks.iter().enumerate() {
             let state = states.as_deref_mut().and_then(|states| states.get_mut(i));
-            stream = if self.recompute
-                && !self.variables().is_empty()
-                && state.as_deref().is_none_or(MixerState::is_tensors)
-            {
+            stream = if self.recompute && !self.variables().is_empty() {
                 self.recomputed(block, &self.block_variables[i], stream, segments, state)?
             } else {
                 block.forward(stream, self.dtype, segments, state)?
@@ -206,7 +203,7 @@ impl LanguageModel {
         inputs.extend(stream.update.clone());
         let streams = inputs.len();
         if let Some(state) = state.as_deref() {
-            inputs.extend(state.tensors().into_iter().map(|(_, tensor)| tensor.clone()));
+            inputs.extend(carried_tensors(state)?);
         }
         let length = stream.sum.dim(1)?;
         let ends_in_norm = block.ends_in_norm();
@@ -217,12 +214,14 @@ impl LanguageModel {
             let stream = Stream { sum: inputs[0].clone(), update };
             let mut state = template.clone();
             if let Some(state) = &mut state {
-                state.replace(&inputs[streams..]);
+                put_tensors(state, &inputs[streams..])?;
             }
             let stream = block.forward(stream, dtype, cuts.as_ref(), state.as_mut())?;
             let mut outputs = vec![stream.sum];
             outputs.extend(stream.update);
-            outputs.extend(state.iter().flat_map(LayerState::tensors).map(|(_, tensor)| tensor.clone()));
+            if let Some(state) = &state {
+                outputs.extend(carried_tensors(state)?);
+            }
             Ok(outputs)
         };
         let inputs: Vec<&Tensor> = inputs.iter().collect();
@@ -232,10 +231,10 @@ impl LanguageModel {
         // a block that ends in a norm leaves nothing pending
         let update = if ends_in_norm { None } else { outputs.next() };
         if let Some(state) = state {
-            state.replace(outputs.as_slice());
             if let Some(positions) = state.positions_mut() {
                 advance(positions, segments, length);
             }
+            put_tensors(state, outputs.as_slice())?;
         }
         let sum = sum.ok_or_else(|| Error::value("checkpoint", "an output for the stream", "none"))?;
         Ok(Stream { sum, update })
@@ -259,6 +258,34 @@ impl LanguageModel {
         let ids: Vec<u32> = values.into_iter().map(|id| id as u32).collect();
         Ok(Tensor::from_vec(ids, (batch, length), &self.device)?)
     }
+}
+
+/// What a state consists of, as tensors through which gradients pass.
+fn carried_tensors(state: &MixerState) -> Result<Vec<Tensor>> {
+    let of = |all: Vec<(&'static str, Tensor)>| all.into_iter().map(|(_, tensor)| tensor).collect();
+    match state.is_tensors() {
+        true => Ok(state.tensors().into_iter().map(|(_, tensor)| tensor.clone()).collect()),
+        false => Ok(of(state.saved()?)),
+    }
+}
+
+/// The inverse of [`carried_tensors`], into a state that has the positions already.
+fn put_tensors(state: &mut MixerState, tensors: &[Tensor]) -> Result<()> {
+    if state.is_tensors() {
+        state.replace(tensors);
+        return Ok(());
+    }
+    let names: Vec<&str> = state.saved()?.into_iter().map(|(name, _)| name).collect();
+    let get = |name: &str| {
+        let place = names.iter().position(|&known| known == name);
+        let found = place.and_then(|place| tensors.get(place)).cloned();
+        found.ok_or_else(|| Error::value(format!("state: {name}"), "a tensor", "none"))
+    };
+    let positions = state.positions_mut().map(|positions| positions.clone()).unwrap_or_default();
+    if let Some(new) = MixerState::from_tensors(state.mixer(), get, &positions)? {
+        *state = new;
+    }
+    Ok(())
 }
 
 /// Where each row's last token is.

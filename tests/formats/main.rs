@@ -4,6 +4,7 @@
 mod common;
 mod config;
 mod damage;
+mod hyena;
 mod pickles;
 mod round_trip;
 mod state;

@@ -11,7 +11,7 @@
 use super::fft::{Complex, Fft, Leaf};
 use super::filter::{Backwards, Forwards, Spectrum};
 use super::signal::Signal;
-use super::window::{Pool, Scratch, Span, Times, at, fill};
+use super::window::{AHEAD, Pool, Scratch, Span, Times, at, fill};
 use super::{Geometry, Problem, block, cache};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, Rows, load, store};
@@ -182,6 +182,14 @@ impl<E: Element> Kernel<E::Real> for Backward<'_, '_, E> {
                 }
                 for position in start..end {
                     let token = sequence.token(position);
+                    if position + AHEAD < end {
+                        let ahead = sequence.token(position + AHEAD);
+                        s.prefetch(self.outlets.x.at(offset(ahead), n));
+                        if p.input.gate.is_some() {
+                            p.input.prefetch(s, [sequence.row, ahead], c);
+                            s.prefetch(self.outlets.pre_gate.at(offset(ahead), n));
+                        }
+                    }
                     let mut dv = at(s, w, position - start + behind);
                     if let Some(gate) = &p.input.gate {
                         let x = load(s, p.input.values.row([sequence.row, token]), c, n);
@@ -198,6 +206,11 @@ impl<E: Element> Kernel<E::Real> for Backward<'_, '_, E> {
                     fft.walk(p.isa, v, Product(spectrum));
                     for position in start..end {
                         let token = sequence.token(position);
+                        if position + AHEAD < end {
+                            let ahead = sequence.token(position + AHEAD);
+                            s.prefetch(self.outlets.post_gate.at(offset(ahead), n));
+                            s.prefetch(self.dz.values.row([sequence.row, ahead])[c..].as_ptr());
+                        }
                         let z = at(s, v, position - start + before);
                         let dy = load(s, self.dz.values.row([sequence.row, token]), c, n);
                         let to = self.outlets.post_gate.at(offset(token), n);
@@ -211,7 +224,11 @@ impl<E: Element> Kernel<E::Real> for Backward<'_, '_, E> {
             fft.walk(p.isa, sum, Backwards);
             let scale = s.splat(E::Real::ONE / E::Real::from_f64(fft.points() as f64));
             let negative = s.sub(s.splat(E::Real::ZERO), scale);
-            for lag in 0..p.sizes.taps.min(p.longest) {
+            let met = p.sizes.taps.min(p.longest);
+            for lag in 0..met {
+                if lag + AHEAD < met {
+                    s.prefetch(self.outlets.past.at((lag + AHEAD) * p.sizes.channels + c, n));
+                }
                 let to = self.outlets.past.at(lag * p.sizes.channels + c, n);
                 // SAFETY: as above.
                 unsafe { store(s, to, n, s.mul(scale, at(s, sum, lag))) };

@@ -1,6 +1,7 @@
 //! Filters as the kernels want them: taps by lag, lanes over channels, and their transforms.
 
 use super::fft::{Complex, Fft, Leaf};
+use super::window::AHEAD;
 use super::{block, lanes};
 use crate::Result;
 use crate::backend::cpu::simd::{Element, Isa, Kernel, MAX_LANES, Real, Simd};
@@ -206,22 +207,12 @@ impl<T: Real> Kernel<T> for Place<'_, T> {
         let future = taps.future.as_ref().map(|future| future.of(sizes, channels.clone()));
         let scale = T::ONE / T::from_f64(points as f64);
         let (scale, negative) = (s.splat(scale), s.splat(-scale));
-        // the lags of the past from 0 up; those of the future from 2N down, for X^-lag = -X^(2N - lag)
-        let tap = |place: usize| {
-            if place < count {
-                s.mul(scale, past.load(s, place))
-            } else {
-                match (&future, 2 * points - place) {
-                    (Some(future), lag) if lag < behind => s.mul(negative, future.load(s, lag)),
-                    _ => s.splat(T::ZERO),
-                }
-            }
-        };
+        let each = Tap { past, future, points, count, behind, scale, negative };
         for place in 0..points {
-            let mut both = Complex { re: tap(place), im: tap(place + points) };
+            let mut both = Complex { re: each.at(s, place), im: each.at(s, place + points) };
             if place == 0 {
                 // lag 0 of both directions, and the skip weight
-                if let Some(future) = &future {
+                if let Some(future) = &each.future {
                     both.re = s.fma(scale, future.load(s, 0), both.re);
                 }
                 if let Some(d) = taps.d {
@@ -230,6 +221,34 @@ impl<T: Real> Kernel<T> for Place<'_, T> {
             }
             // SAFETY: there is room for so many points, of two registers each.
             unsafe { both.store(s, to.add(place * 2 * S::LANES)) };
+        }
+    }
+}
+
+/// What lies at each place modulo `X^(2N) + 1`.
+struct Tap<'a, T: Element, V> {
+    past: OfBlock<'a, T>,
+    future: Option<OfBlock<'a, T>>,
+    points: usize,
+    count: usize,
+    behind: usize,
+    scale: V,
+    negative: V,
+}
+
+impl<T: Real, V: Copy> Tap<'_, T, V> {
+    /// The lags of the past from 0 up; those of the future from 2N down, for `X^-lag = -X^(2N - lag)`.
+    #[inline(always)]
+    fn at<S: Simd<T, V = V>>(&self, s: S, place: usize) -> V {
+        if place < self.count {
+            if place + AHEAD < self.count {
+                self.past.prefetch(s, place + AHEAD);
+            }
+            return s.mul(self.scale, self.past.load(s, place));
+        }
+        match (&self.future, 2 * self.points - place) {
+            (Some(future), lag) if lag < self.behind => s.mul(self.negative, future.load(s, lag)),
+            _ => s.splat(T::ZERO),
         }
     }
 }
@@ -256,6 +275,14 @@ impl<'a, T: Real> Direction<'a, T> {
 }
 
 impl<T: Real> OfBlock<'_, T> {
+    /// Asks for the memory of one lag, where lags lie apart.
+    #[inline(always)]
+    fn prefetch<S: Simd<T>>(&self, s: S, lag: usize) {
+        if let (Some(rows), 1) = (&self.by_tap, self.width) {
+            s.prefetch(rows.row([lag])[self.channels.start..].as_ptr());
+        }
+    }
+
     /// The taps of one lag.
     #[inline(always)]
     fn load<S: Simd<T>>(&self, s: S, lag: usize) -> S::V {

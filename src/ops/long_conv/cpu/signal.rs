@@ -69,4 +69,13 @@ impl<E: Element> Signal<'_, E> {
             None => x,
         }
     }
+
+    /// Asks for the memory of one token from channel `c` on.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd<E::Real>>(&self, s: S, at: [usize; 2], c: usize) {
+        s.prefetch(self.values.row(at)[c..].as_ptr());
+        if let Some(gate) = &self.gate {
+            s.prefetch(gate.row(at)[c..].as_ptr());
+        }
+    }
 }

@@ -6,7 +6,7 @@ use super::signal::{Sequence, Signal};
 use super::{Geometry, Problem, block};
 use crate::backend::cpu::memory;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
-use crate::backend::cpu::view::{Outlet, load, store};
+use crate::backend::cpu::view::{Outlet, load, put, store};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -62,6 +62,9 @@ impl Span {
     }
 }
 
+/// Tokens ahead of which lines of memory are asked for: they lie a row apart, which no hardware foresees.
+pub(in super::super) const AHEAD: usize = 24;
+
 /// Loads a span of `signal` into a window of `points`, zeros elsewhere.
 #[inline(always)]
 pub(in super::super) fn fill<E: Element, S: Simd<E::Real>>(
@@ -74,19 +77,24 @@ pub(in super::super) fn fill<E: Element, S: Simd<E::Real>>(
 ) {
     let points = window.len() / (2 * S::LANES);
     let zero = s.splat(E::Real::ZERO);
-    let (first, count) = (span.place, span.positions.len());
-    assert!(first + count <= 2 * points);
-    let value = |place: usize| match place.checked_sub(first).filter(|&i| i < count) {
-        Some(i) => {
-            let token = sequence.token(span.positions.start + i);
-            signal.load(s, [sequence.row, token], channels.start, channels.len())
+    let (first, end) = (span.place, span.place + span.positions.len());
+    assert!(end <= 2 * points && span.positions.end <= sequence.len());
+    // straight loops over each half, and no closures: those would be compiled without the instructions of S
+    for half in 0..2 {
+        let base = half * points;
+        let (from, to) = (first.clamp(base, base + points), end.clamp(base, base + points));
+        for place in (base..from).chain(to..base + points) {
+            put(s, window, (2 * (place - base) + half) * S::LANES, S::LANES, zero);
         }
-        None => zero,
-    };
-    for (place, point) in window.chunks_exact_mut(2 * S::LANES).enumerate() {
-        let both = Complex { re: value(place), im: value(place + points) };
-        // SAFETY: a point is two registers.
-        unsafe { both.store(s, point.as_mut_ptr()) };
+        for place in from..to {
+            let position = span.positions.start + (place - first);
+            if position + AHEAD < span.positions.end {
+                signal.prefetch(s, [sequence.row, sequence.token(position + AHEAD)], channels.start);
+            }
+            let at = [sequence.row, sequence.token(position)];
+            let value = signal.load(s, at, channels.start, channels.len());
+            put(s, window, (2 * (place - base) + half) * S::LANES, S::LANES, value);
+        }
     }
 }
 
@@ -139,6 +147,14 @@ impl<E: Element> Kernel<E::Real> for Forward<'_, '_, E> {
             self.fft.walk(p.isa, window, Times::<_, false>(spectrum));
             for position in start..end {
                 let token = sequence.token(position);
+                if position + AHEAD < end {
+                    let ahead = sequence.token(position + AHEAD);
+                    let place = (sequence.row * p.sizes.length + ahead) * p.sizes.channels + channels.start;
+                    s.prefetch(self.y.at(place, channels.len()));
+                    if let Some(gate) = &p.post_gate {
+                        s.prefetch(gate.row([sequence.row, ahead])[channels.start..].as_ptr());
+                    }
+                }
                 let mut y = at(s, window, position - start + before);
                 if let Some(gate) = &p.post_gate {
                     y = s.mul(y, load(s, gate.row([sequence.row, token]), channels.start, channels.len()));
