@@ -6,6 +6,7 @@
 
 mod block;
 mod config;
+mod decode;
 pub mod formats;
 mod forward;
 mod language_model;
@@ -17,6 +18,7 @@ mod state;
 pub(crate) mod weights;
 
 pub use config::{BlockConfig, FeedForwardConfig, ModelConfig, Residual, SpecialTokens};
+pub use decode::Decoder;
 pub use formats::Family;
 pub use language_model::LanguageModel;
 pub use load::{load, load_trainable, read_config};
