@@ -119,9 +119,71 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
     }
 }
 
+// One token, states in whole vectors, B and C of the sequences' type: no branch before the last load is on its way.
+template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan &p) {
+    struct alignas(sizeof(E) * NUMBERS) Four {
+        E at[NUMBERS];
+    };
+    int part = threadIdx.x % SPLIT, channel = blockIdx.x * (THREADS / SPLIT) + threadIdx.x / SPLIT;
+    bool live = channel < p.channels && part * NUMBERS < p.states;
+    channel = min(channel, p.channels - 1);
+    int own = min(part * NUMBERS, p.states - NUMBERS), first = blockIdx.y * ROWS;
+    int64_t first_b = channel / p.b.width * p.b.group + own, first_c = channel / p.c.width * p.c.group + own;
+    float4 h[ROWS];
+    E u[ROWS], delta[ROWS], z[ROWS];
+    Four b[ROWS], c[ROWS];
+    const float *from = p.initial ? p.initial : p.a;
+    int64_t place[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        int64_t row = min(first + r, p.batch - 1);
+        place[r] = (row * p.channels + channel) * p.states + own;
+        h[r] = *reinterpret_cast<const float4 *>(from + (p.initial ? place[r] : 0));
+        u[r] = static_cast<const E *>(p.u.data)[row * p.u.row + channel];
+        delta[r] = static_cast<const E *>(p.delta.data)[row * p.delta.row + channel];
+        z[r] = p.z.data ? static_cast<const E *>(p.z.data)[row * p.z.row + channel] : u[r];
+        b[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.b.data) + row * p.b.row + first_b);
+        c[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.c.data) + row * p.c.row + first_c);
+    }
+    float4 a = *reinterpret_cast<const float4 *>(p.a + int64_t(channel) * p.states + own);
+    float bias = p.bias ? p.bias[channel] : 0.0f, skip = p.d ? p.d[channel] : 0.0f;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= p.batch) break;
+        float dt = widen(delta[r]) + bias, x = widen(u[r]);
+        if (p.softplus) dt = softplus(dt);
+        if (!p.initial) h[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float step = LOG2E * dt, input = dt * x;
+        h[r].x = fmaf(exp2_fast(step * a.x), h[r].x, input * widen(b[r].at[0]));
+        h[r].y = fmaf(exp2_fast(step * a.y), h[r].y, input * widen(b[r].at[1]));
+        h[r].z = fmaf(exp2_fast(step * a.z), h[r].z, input * widen(b[r].at[2]));
+        h[r].w = fmaf(exp2_fast(step * a.w), h[r].w, input * widen(b[r].at[3]));
+        float y = h[r].x * widen(c[r].at[0]);
+        y = fmaf(h[r].y, widen(c[r].at[1]), y);
+        y = fmaf(h[r].z, widen(c[r].at[2]), y);
+        y = fmaf(h[r].w, widen(c[r].at[3]), y);
+        if (part * NUMBERS >= p.states) y = 0.0f;
+#pragma unroll
+        for (int lanes = SPLIT / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
+        y = fmaf(skip, x, y) * (p.z.data ? silu(widen(z[r])) : 1.0f);
+        if (!live) continue;
+        if (part == 0) static_cast<E *>(p.y.data)[(first + r) * p.y.row + channel] = narrow<E>(y);
+        *reinterpret_cast<float4 *>(p.state + place[r]) = h[r];
+    }
+}
+
+template <typename E, int SPLIT, int ROWS> __device__ void any_step(const Scan &p) {
+    bool alike = !(sizeof(E) == 2 && (p.b.wide || p.c.wide));
+    if (p.length == 1 && p.states % NUMBERS == 0 && p.aligned_coefficients && alike && !p.marks && !p.slots &&
+        int64_t(gridDim.y) * ROWS >= p.batch)
+        step_once<E, SPLIT, ROWS>(p);
+    else
+        step<E, SPLIT, ROWS>(p);
+}
+
 #define KERNEL(E, S, R)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { step<E, S, R>(p); }
+        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { any_step<E, S, R>(p); }
 #define ROWS(E, S) KERNEL(E, S, 1) KERNEL(E, S, 4)
 #define SPLITS(E) ROWS(E, 1) ROWS(E, 2) ROWS(E, 4) ROWS(E, 8) ROWS(E, 16) ROWS(E, 32)
 SPLITS(float)

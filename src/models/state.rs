@@ -80,7 +80,9 @@ impl ModelState {
                 Some(all) => Ok(Tensor::cat(all, 0)?),
                 None => Err(Error::value(format!("state: {name}"), "a tensor", "none")),
             };
-            let Some(block) = MixerState::from_tensors(block.mixer(), get, &positions)? else { return Ok(None) };
+            let Some(block) = MixerState::from_tensors(block.mixer(), get, &positions)? else {
+                return Ok(None);
+            };
             blocks.push(block);
         }
         Ok(Some(Self { blocks, positions, model: first.model.clone() }))

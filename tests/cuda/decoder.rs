@@ -56,7 +56,8 @@ fn generation_is_the_cpus() {
     let prompts = [vec![1u32, 2, 3], vec![4, 5, 6, 7, 8], vec![9]];
     for config in [GenerationConfig::greedy(30), GenerationConfig { max_tokens: 20, ..Default::default() }] {
         let config = GenerationConfig { stop_tokens: vec![7, 11], ..config };
-        let on = |device: &Device| generate(&model(&configs()[0], DType::F32, device), &prompts, config.clone());
+        let on =
+            |device: &Device| generate(&model(&configs()[0], DType::F32, device), &prompts, config.clone());
         assert_eq!(on(&device).unwrap(), on(&Device::Cpu).unwrap());
     }
     // and the states that it leaves
@@ -88,5 +89,46 @@ fn a_hundred_runs_give_the_same_bits() {
     let want = run();
     for _ in 1..100 {
         assert!(run() == want);
+    }
+}
+
+#[test]
+fn a_token_tried_is_a_token_taken() {
+    let Some(device) = gpu() else { return };
+    let (cuda, cpu) =
+        (model(&configs()[0], DType::F32, &device), model(&configs()[0], DType::F32, &Device::Cpu));
+    for rows in [1, 2, 4] {
+        let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
+        let [mut taken, mut tried, mut want] =
+            [&cuda, &cuda, &cpu].map(|model| Decoder::new(model, rows).unwrap());
+        let ids = |tokens: u32| -> Vec<u32> {
+            (0..rows as u32).flat_map(|r| (0..tokens).map(move |t| 3 * r + t)).collect()
+        };
+        taken.step(&slots, &ids(1)).unwrap();
+        want.step(&slots, &ids(1)).unwrap();
+        tried.draft(&slots, &ids(2)).unwrap();
+        tried.accept(&vec![1; rows]).unwrap();
+        for slot in 0..rows {
+            let want = want.state(slot).unwrap();
+            let forward = {
+                let mut state = cuda.init_state(1).unwrap();
+                let ids = candle_core::Tensor::new(&[[3 * slot as u32]], &device).unwrap();
+                cuda.forward_with_state(&ids, &mut state).unwrap();
+                state
+            };
+            for (name, got) in [
+                ("taken", taken.state(slot).unwrap()),
+                ("tried", tried.state(slot).unwrap()),
+                ("forward", forward),
+            ] {
+                for (i, (got, want)) in got.blocks.iter().zip(&want.blocks).enumerate() {
+                    use subquadratic::layers::LayerState;
+                    for ((part, got), (_, want)) in got.saved().unwrap().iter().zip(want.saved().unwrap()) {
+                        let got = got.to_device(&Device::Cpu).unwrap();
+                        println!("rows {rows} {name} block {i} {part}: {:?}", relative_errors(&got, &want));
+                    }
+                }
+            }
+        }
     }
 }

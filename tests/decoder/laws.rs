@@ -49,7 +49,8 @@ pub fn follows_the_model(what: &str, model: &LanguageModel, slots: usize, calls:
         }
         for (row, slot) in rows.iter().enumerate() {
             let Some(slot) = *slot else { continue };
-            let what = format!("{what}: call {call}, {rows:?} x {tokens}, draft {draft} {counts:?}, row {row}");
+            let what =
+                format!("{what}: call {call}, {rows:?} x {tokens}, draft {draft} {counts:?}, row {row}");
             let own = &ids[row * tokens..(row + 1) * tokens];
             let read = |ids: &[u32], state: &mut ModelState| {
                 let ids = Tensor::new(ids, model.device()).unwrap().unsqueeze(0).unwrap();

@@ -18,7 +18,8 @@ fn model(config: &ModelConfig, dtype: DType) -> LanguageModel {
 fn hybrid() -> ModelConfig {
     let mut config = ModelConfig::mamba(16, 3, VOCABULARY);
     let attention = subquadratic::layers::AttentionConfig::new(16, 2);
-    config.blocks[1] = BlockConfig::new(NormConfig::Rms { eps: 1e-5 }, MixerConfig::Attention(attention), None);
+    config.blocks[1] =
+        BlockConfig::new(NormConfig::Rms { eps: 1e-5 }, MixerConfig::Attention(attention), None);
     config
 }
 

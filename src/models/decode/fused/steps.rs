@@ -2,7 +2,7 @@
 
 use super::kernels::{Argmax, Embed, Filter, Project, State};
 use super::weights::{Norm, Weight, pointer};
-use super::{COUNTS, CHOSEN, Fused, IDS, MOST_ROWS, SLOTS, Shape};
+use super::{CHOSEN, COUNTS, Fused, IDS, MOST_ROWS, SLOTS, Shape};
 use crate::Result;
 use crate::backend::cuda::{Element, Launch, Module};
 use crate::ops::norm::NormKind;
@@ -231,8 +231,7 @@ impl Fused {
 
     fn project(&self, weight: &Weight, project: Project) -> Result<()> {
         let bytes = self.weights.dtype.size_in_bytes();
-        let [rows, inputs, outputs] =
-            [project.rows, project.inputs, project.outputs].map(|n| n as usize);
+        let [rows, inputs, outputs] = [project.rows, project.inputs, project.outputs].map(|n| n as usize);
         let layout = Layout::new(rows, inputs, outputs, bytes);
         let normed = project.norm != 0;
         let kind = if normed { "normed" } else { "project" };
