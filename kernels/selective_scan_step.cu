@@ -6,7 +6,7 @@
 // shared memory. The lanes of a channel share its inputs, which are few. With `slots` the states are those of a pool, in
 // place; a row of slot -1 is idle: its y is zero.
 //
-// Bytes: the state, read and written once (8 B D N); all else is small. That is the floor: 0.118 ms at B 512, D 5120, N 16
+// Bytes: the state, read and written once (8 B D N); all else is small. Floor 0.118 ms at B 512, D 5120, N 16 (0.180 measured)
 // on an H100.
 #include "common/scan.cuh"
 

@@ -125,7 +125,8 @@ fn a_token_tried_is_a_token_taken() {
                     use subquadratic::layers::LayerState;
                     for ((part, got), (_, want)) in got.saved().unwrap().iter().zip(want.saved().unwrap()) {
                         let got = got.to_device(&Device::Cpu).unwrap();
-                        println!("rows {rows} {name} block {i} {part}: {:?}", relative_errors(&got, &want));
+                        let what = format!("rows {rows} {name} block {i} {part}");
+                        assert_close(&what, &got, &want, 1e-5);
                     }
                 }
             }
