@@ -6,8 +6,8 @@
 
 DIR holds the peers as published: mamba_ssm-*.tar.gz (its scan is compiled here, some three minutes) and the wheels of
 fla-core and flash-linear-attention; PyTorch and Triton must be installed. Operators run through the crate's public
-functions and candle's graph, synchronised after every call; peers through their kernels alone, which favours them.
-`fwd_bwd` of the crate includes what candle does with gradients beside the operator. Times are medians in milliseconds.
+functions and candle's graph, calls in a row; peers through their kernels alone, which favours them.
+`bwd` and `fwd_bwd` of the crate include what candle does with gradients beside the operator. Times are medians in milliseconds.
 """
 import argparse
 import glob
@@ -147,7 +147,8 @@ def time_selective_scan(peers, dtypes):
             backward = lambda: extension.bwd(u, delta, a, *bc, skip, z, bias, dout, x, out, None, True, False)
             key = ("selective_scan", shape["name"], name)
             times[key + ("fwd",)] = median(forward)
-            times[key + ("fwd_bwd",)] = times[key + ("fwd",)] + median(backward)
+            times[key + ("bwd",)] = median(backward)
+            times[key + ("fwd_bwd",)] = times[key + ("fwd",)] + times[key + ("bwd",)]
             del u, z, dout, delta, bc, out, x
     return times
 

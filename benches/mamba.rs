@@ -1,14 +1,14 @@
 //! The Mamba layer and the published 130m model, with random weights.
 
 use crate::support::{Bench, group, measure, measure_both, name};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use criterion::{Criterion, Throughput};
 use rand::{SeedableRng, rngs::StdRng};
 use std::collections::HashMap;
 use subquadratic::Result;
 use subquadratic::layers::{Mamba, MambaConfig};
-use subquadratic::models::{LanguageModel, ModelConfig};
+use subquadratic::models::{Decoder, LanguageModel, ModelConfig};
 
 const VOCABULARY: usize = 50280;
 
@@ -50,15 +50,49 @@ pub fn layer(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
 
 /// Prompts of the 130m model up to the logits of the last token, and greedy steps.
 pub fn model(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
-    let mut model = group(criterion, "mamba-130m");
-    for &dtype in bench.dtypes() {
+    sized(criterion, bench, "mamba-130m", [768, 24], &[512, 2048])?;
+    if !bench.device.is_cpu() {
+        sized(criterion, bench, "mamba-1.4b", [2048, 48], &[8192])?;
+        sized(criterion, bench, "mamba-2.8b", [2560, 64], &[2048])?;
+    }
+    Ok(())
+}
+
+/// Random weights; on a GPU they are drawn there.
+fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<LanguageModel> {
+    if device.is_cpu() {
+        return LanguageModel::init(config, 0, dtype, device)?.frozen();
+    }
+    let mut tensors = HashMap::new();
+    for parameter in config.parameters() {
+        let (name, shape) = (parameter.name, parameter.shape);
+        let wide = ["A_log", ".D"].iter().any(|end| name.ends_with(end));
+        let tensor = match name.contains("norm") || wide {
+            true => Tensor::ones(shape, DType::F32, device)?,
+            false => Tensor::randn(0f32, 0.02, shape, device)?,
+        };
+        tensors.insert(name, if wide { tensor } else { tensor.to_dtype(dtype)? });
+    }
+    LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device))
+}
+
+/// A model of a width and so many layers; on a GPU in bf16 alone.
+fn sized(
+    criterion: &mut Criterion,
+    bench: &mut Bench,
+    title: &str,
+    [width, layers]: [usize; 2],
+    lengths: &[usize],
+) -> Result<()> {
+    let mut model = group(criterion, title);
+    let dtypes = if bench.device.is_cpu() { bench.dtypes() } else { &[DType::BF16] };
+    for &dtype in dtypes {
         // initialised when a benchmark that passes the filter first asks for it
         let device = bench.device.clone();
         let lazy = std::cell::LazyCell::new(|| {
-            let config = ModelConfig::mamba(768, 24, VOCABULARY);
-            LanguageModel::init(&config, 0, dtype, &device).and_then(|model| model.frozen()).expect("a model")
+            random(&ModelConfig::mamba(width, layers, VOCABULARY), dtype, &device).expect("a model")
         });
-        for length in [512, 2048] {
+        for &length in lengths {
             let ids = bench.tokens(1, length, VOCABULARY as u32)?;
             let id = format!("prefill-{length}/{}/fwd", name(dtype));
             measure(&mut model, id, Throughput::Elements(length as u64), &bench.device, || {
@@ -66,15 +100,15 @@ pub fn model(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
                 lazy.prefill(&ids, None, &mut state)
             });
         }
-        let token = bench.tokens(1, 1, VOCABULARY as u32)?;
-        let mut state = None;
-        let id = format!("decode/{}/step", name(dtype));
-        measure(&mut model, id, Throughput::Elements(1), &bench.device, || {
-            let state = match &mut state {
-                Some(state) => state,
-                none => none.insert(lazy.init_state(1)?),
+        let (mut decoder, mut id) = (None, vec![1]);
+        let title = format!("decode/{}/step", name(dtype));
+        measure(&mut model, title, Throughput::Elements(1), &bench.device, || {
+            let decoder = match &mut decoder {
+                Some(decoder) => decoder,
+                none => none.insert(Decoder::new(&lazy, 1)?),
             };
-            Ok(lazy.prefill(&token, None, state)?.argmax(1)?)
+            id = decoder.step_greedy(&[Some(0)], &id)?;
+            Ok(())
         });
     }
     model.finish();

@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::hint::black_box;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use subquadratic::Result;
 
 /// One line of shapes.json: a name and sizes by letter.
@@ -90,7 +90,8 @@ pub fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a,
     group
 }
 
-/// Measures `run` until its work on `device` is done.
+/// Measures `run` until its work on `device` is done. A GPU gets all runs of a sample in a row, as a model's layers would
+/// give them, and is waited for behind the last.
 pub fn measure<T>(
     group: &mut BenchmarkGroup<WallTime>,
     id: String,
@@ -100,16 +101,20 @@ pub fn measure<T>(
 ) {
     group.throughput(throughput);
     group.bench_function(id, |bencher| {
-        bencher.iter(|| {
-            let result = black_box(run().expect("a benchmark runs"));
+        bencher.iter_custom(|count| {
             device.synchronize().expect("the device synchronises");
-            result
+            let start = Instant::now();
+            for _ in 0..count {
+                drop(black_box(run().expect("a benchmark runs")));
+            }
+            device.synchronize().expect("the device synchronises");
+            start.elapsed()
         });
     });
 }
 
 /// Measures `<id>/fwd`, `run` on plain tensors, and `<id>/fwd_bwd`, `run` on variables with the gradients of the sum
-/// of its result in all of them.
+/// of its result in all of them; on a GPU also `<id>/bwd`, the gradients alone.
 pub fn measure_both(
     group: &mut BenchmarkGroup<WallTime>,
     id: &str,
@@ -120,5 +125,9 @@ pub fn measure_both(
     let device = inputs[0].device();
     measure(group, format!("{id}/fwd"), throughput.clone(), device, || run(inputs));
     let variables: Vec<Tensor> = inputs.iter().map(|input| var(input).as_tensor().clone()).collect();
-    measure(group, format!("{id}/fwd_bwd"), throughput, device, || Ok(run(&variables)?.backward()?));
+    measure(group, format!("{id}/fwd_bwd"), throughput.clone(), device, || Ok(run(&variables)?.backward()?));
+    if !device.is_cpu() {
+        let result = std::cell::LazyCell::new(|| run(&variables).expect("a forward pass"));
+        measure(group, format!("{id}/bwd"), throughput, device, || Ok(result.backward()?));
+    }
 }

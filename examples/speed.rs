@@ -24,7 +24,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use subquadratic::models::{Form, LanguageModel, load};
+use subquadratic::models::{Decoder, Form, LanguageModel, load};
 
 /// Measures how fast a checkpoint reads and writes tokens, and prints one line of JSON
 #[derive(Parser)]
@@ -115,9 +115,22 @@ fn prefill_seconds(model: &LanguageModel, ids: &Tensor) -> Outcome<Vec<f64>> {
 
 /// Greedy steps after the prompt: seconds of each but the first few.
 fn decode_seconds(model: &LanguageModel, ids: &Tensor, tokens: u32) -> Outcome<Vec<f64>> {
-    let mut state = model.init_state(ids.dim(0)?)?;
+    let rows = ids.dim(0)?;
+    let mut state = model.init_state(rows)?;
     let mut token = greedy(&model.prefill(ids, None, &mut state)?)?;
     let mut seconds = vec![];
+    let mut decoder = Decoder::new(model, rows)?;
+    if decoder.is_fused(rows) {
+        (0..rows).try_for_each(|row| decoder.set_state(row, &state, row))?;
+        let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
+        let mut ids: Vec<u32> = token.flatten_all()?.to_vec1()?;
+        for _ in 0..WARM_UP + tokens {
+            let start = Instant::now();
+            ids = decoder.step_greedy(&slots, &ids)?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        return Ok(seconds.split_off(WARM_UP as usize));
+    }
     for _ in 0..WARM_UP + tokens {
         let start = Instant::now();
         token = greedy(&model.prefill(&token, None, &mut state)?)?;

@@ -24,7 +24,7 @@ struct Norm {
     const float *weight, *bias;
     float *shares; // [teams, 2, D]
     int64_t rows;
-    int inner, channels, group, layer, rounds, gate_after;
+    int inner, channels, group, layer, outside, rounds, gate_after;
     float eps;
 };
 
@@ -136,7 +136,8 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
         for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
             for (int k = 0; k < WIDTH; ++k) sum = fmaf(s[i][k], s[i][k], sum);
-        return 1.0f / sqrtf(total(sum) / p.group + p.eps);
+        float mean = total(sum) / p.group;
+        return 1.0f / (p.outside ? sqrtf(mean) + p.eps : sqrtf(mean + p.eps));
     }
 
     __device__ float rounded(float n) const { return p.rounds ? widen(narrow<E>(n)) : n; }
@@ -194,10 +195,13 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
                 }
             product = total(product) / p.group;
             mean = p.layer ? total(mean) / p.group : 0.0f;
+            // what the deviation, as a function of s, gives back
+            float root = 1.0f / scale - p.eps;
+            float slope = !p.outside ? scale * product : root > 0.0f ? product / root : 0.0f;
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
-                for (int k = 0; k < WIDTH; ++k) h[i][k] = scale * (h[i][k] - mean - s[i][k] * scale * product);
+                for (int k = 0; k < WIDTH; ++k) h[i][k] = scale * (h[i][k] - mean - s[i][k] * slope);
             if (p.dsum.data) {
                 load<R>(s, p.dsum, row);
 #pragma unroll

@@ -1,17 +1,19 @@
 // A few tokens of the selective scan through a state: the step of generation.
 //
-// Grid (channels over blocks, rows in turns), 128 threads. A state of N numbers is spread over SPLIT lanes with four numbers each,
-// in registers; neighbouring lanes read neighbouring numbers, 16 bytes at a time where N is a multiple of four. No shared
-// memory. The lanes of a channel share its inputs, which are few.
+// Grid (channels over blocks, rows in turns), 128 threads. A state of N numbers is spread over SPLIT lanes with four
+// numbers each, in registers; neighbouring lanes read neighbouring numbers, 16 bytes at a time where N is a multiple of
+// four. A lane takes ROWS rows at a time, whose states and first tokens are all on their way before the first is used. No
+// shared memory. The lanes of a channel share its inputs, which are few. With `slots` the states are those of a pool, in
+// place; a row of slot -1 is idle: its y is zero.
 //
-// Bytes: the state, read and written once (8 B D N); all else is small. That is the floor: 0.11 ms at B 512, D 5120, N 16
-// on an H100; measured 0.17 ms and more. Faster: more bytes of state in flight a thread, and the state in place.
+// Bytes: the state, read and written once (8 B D N); all else is small. Floor 0.118 ms at B 512, D 5120, N 16 (0.180 measured)
+// on an H100.
 #include "common/scan.cuh"
 
 constexpr int NUMBERS = 4;
 
 // Four numbers from `place` on, of which `n` exist.
-__device__ void load_four(float (&to)[NUMBERS], const float *from, int64_t place, int n, bool whole) {
+__device__ __forceinline__ void load_four(float (&to)[NUMBERS], const float *from, int64_t place, int n, bool whole) {
     if (whole) {
         float4 v = *reinterpret_cast<const float4 *>(from + place);
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
@@ -23,7 +25,8 @@ __device__ void load_four(float (&to)[NUMBERS], const float *from, int64_t place
 
 // Four numbers of B or C, as load_four.
 template <typename E>
-__device__ void load_coefficients(float (&to)[NUMBERS], const Coefficient &x, int64_t place, int n, bool whole) {
+__device__ __forceinline__ void load_coefficients(float (&to)[NUMBERS], const Coefficient &x, int64_t place, int n,
+                                                  bool whole) {
     if (x.wide) {
         load_four(to, static_cast<const float *>(x.data), place, n, whole);
         return;
@@ -38,61 +41,151 @@ __device__ void load_coefficients(float (&to)[NUMBERS], const Coefficient &x, in
     for (int i = 0; i < NUMBERS; ++i) to[i] = whole ? widen(v.at[i]) : i < n ? widen(from[i]) : 0.0f;
 }
 
-template <typename E, int SPLIT> __device__ void step(const Scan &p) {
+// What one token brings to a lane.
+struct Token {
+    float u, delta, z, b[NUMBERS], c[NUMBERS];
+    uint8_t mark;
+};
+
+template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
     int part = threadIdx.x % SPLIT, channel = blockIdx.x * (THREADS / SPLIT) + threadIdx.x / SPLIT;
     bool live = channel < p.channels;
     if (!live) channel = p.channels - 1;
     int own = max(0, min(NUMBERS, p.states - part * NUMBERS));
-    bool whole = p.states % NUMBERS == 0 && own == NUMBERS;
-    float a[NUMBERS];
-    load_four(a, p.a, int64_t(channel) * p.states + part * NUMBERS, own, whole);
-    float bias = p.bias ? p.bias[channel] : 0.0f, skip = p.d ? p.d[channel] : 0.0f;
+    bool whole = p.states % NUMBERS == 0 && own == NUMBERS, vectors = whole && p.aligned_coefficients;
     int64_t first_b = channel / p.b.width * p.b.group + part * NUMBERS;
     int64_t first_c = channel / p.c.width * p.c.group + part * NUMBERS;
-    for (int row = blockIdx.y; row < p.batch; row += gridDim.y) {
-        int64_t state = (int64_t(row) * p.channels + channel) * p.states + part * NUMBERS;
-        float h[NUMBERS] = {};
-        if (p.initial) load_four(h, p.initial, state, own, whole);
-        for (int t = 0; t < p.length; ++t) {
-            auto at = [&](const Sequence &s) {
-                return static_cast<E *>(s.data) + row * s.row + t * s.token + channel;
-            };
-            uint8_t mark = p.marks ? p.marks[int64_t(row) * p.length + t] : 0;
-            float y = 0.0f;
-            if (mark != PAD) {
-                float u = widen(*at(p.u)), delta = widen(*at(p.delta)) + bias, bt[NUMBERS], ct[NUMBERS];
-                float gate = p.z.data ? silu(widen(*at(p.z))) : 1.0f;
-                bool vectors = whole && p.aligned_coefficients;
-                load_coefficients<E>(bt, p.b, row * p.b.row + t * p.b.token + first_b, own, vectors);
-                load_coefficients<E>(ct, p.c, row * p.c.row + t * p.c.token + first_c, own, vectors);
-                if (p.softplus) delta = softplus(delta);
+    auto at = [&](const Sequence &s, int row, int t) {
+        return static_cast<E *>(s.data) + row * s.row + t * s.token + channel;
+    };
+    auto load = [&](Token &token, int row, int t) {
+        token.mark = p.marks ? p.marks[int64_t(row) * p.length + t] : 0;
+        token.u = widen(*at(p.u, row, t));
+        token.delta = widen(*at(p.delta, row, t));
+        token.z = p.z.data ? widen(*at(p.z, row, t)) : 0.0f;
+        load_coefficients<E>(token.b, p.b, row * p.b.row + t * p.b.token + first_b, own, vectors);
+        load_coefficients<E>(token.c, p.c, row * p.c.row + t * p.c.token + first_c, own, vectors);
+    };
+    float a[NUMBERS];
+    load_four(a, p.a, int64_t(channel) * p.states + part * NUMBERS, own, whole);
 #pragma unroll
-                for (int i = 0; i < NUMBERS; ++i) {
-                    float decay = mark == START ? 0.0f : exp2_fast(LOG2E * delta * a[i]);
-                    h[i] = fmaf(decay, h[i], delta * u * bt[i]);
-                    y = fmaf(h[i], ct[i], y);
-                }
+    for (int i = 0; i < NUMBERS; ++i) a[i] *= LOG2E;
+    float bias = p.bias ? p.bias[channel] : 0.0f, skip = p.d ? p.d[channel] : 0.0f;
+    for (int first = blockIdx.y * ROWS; first < p.batch; first += gridDim.y * ROWS) {
+        float h[ROWS][NUMBERS];
+        int64_t place[ROWS];
+        Token token[ROWS];
 #pragma unroll
-                for (int lanes = SPLIT / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
-                y = fmaf(skip, u, y) * gate;
-            }
-            if (live && part == 0) *at(p.y) = narrow<E>(y);
+        for (int r = 0; r < ROWS; ++r) {
+            int row = min(first + r, p.batch - 1), slot = p.slots ? p.slots[row] : row;
+            place[r] = slot < 0 ? -1 : (int64_t(slot) * p.channels + channel) * p.states + part * NUMBERS;
+#pragma unroll
+            for (int i = 0; i < NUMBERS; ++i) h[r][i] = 0.0f;
+            if (p.initial && slot >= 0) load_four(h[r], p.initial, place[r], own, whole);
+            load(token[r], row, 0);
         }
-        if (!live) continue;
-        if (whole) {
-            *reinterpret_cast<float4 *>(p.state + state) = make_float4(h[0], h[1], h[2], h[3]);
-        } else {
 #pragma unroll
-            for (int i = 0; i < NUMBERS; ++i)
-                if (i < own) p.state[state + i] = h[i];
+        for (int r = 0; r < ROWS; ++r) {
+            int row = first + r;
+            if (row >= p.batch) break;
+            int count = place[r] < 0 ? 0 : p.counts ? min(p.counts[row], p.length) : p.length;
+            for (int t = 0; t < p.length; ++t) {
+                if (t > 0) load(token[r], row, t);
+                float y = 0.0f;
+                if (t < count && token[r].mark != PAD) {
+                    float u = token[r].u, delta = token[r].delta + bias;
+                    if (p.softplus) delta = softplus(delta);
+#pragma unroll
+                    for (int i = 0; i < NUMBERS; ++i) {
+                        float decay = token[r].mark == START ? 0.0f : exp2_fast(delta * a[i]);
+                        h[r][i] = fmaf(decay, h[r][i], delta * u * token[r].b[i]);
+                        y = fmaf(h[r][i], token[r].c[i], y);
+                    }
+#pragma unroll
+                    for (int lanes = SPLIT / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
+                    y = fmaf(skip, u, y) * (p.z.data ? silu(token[r].z) : 1.0f);
+                }
+                if (p.y.data && live && part == 0) *at(p.y, row, t) = narrow<E>(y);
+            }
+            if (!live || place[r] < 0) continue;
+            if (whole) {
+                *reinterpret_cast<float4 *>(p.state + place[r]) = make_float4(h[r][0], h[r][1], h[r][2], h[r][3]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < NUMBERS; ++i)
+                    if (i < own) p.state[place[r] + i] = h[r][i];
+            }
         }
     }
 }
 
-#define KERNEL(E, S)                                                                                                    \
+// One token, states in whole vectors, B and C of the sequences' type: no branch before the last load is on its way.
+template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan &p) {
+    struct alignas(sizeof(E) * NUMBERS) Four {
+        E at[NUMBERS];
+    };
+    int part = threadIdx.x % SPLIT, channel = blockIdx.x * (THREADS / SPLIT) + threadIdx.x / SPLIT;
+    bool live = channel < p.channels && part * NUMBERS < p.states;
+    channel = min(channel, p.channels - 1);
+    int own = min(part * NUMBERS, p.states - NUMBERS), first = blockIdx.y * ROWS;
+    int64_t first_b = channel / p.b.width * p.b.group + own, first_c = channel / p.c.width * p.c.group + own;
+    float4 h[ROWS];
+    E u[ROWS], delta[ROWS], z[ROWS];
+    Four b[ROWS], c[ROWS];
+    const float *from = p.initial ? p.initial : p.a;
+    int64_t place[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        int64_t row = min(first + r, p.batch - 1);
+        place[r] = (row * p.channels + channel) * p.states + own;
+        h[r] = *reinterpret_cast<const float4 *>(from + (p.initial ? place[r] : 0));
+        u[r] = static_cast<const E *>(p.u.data)[row * p.u.row + channel];
+        delta[r] = static_cast<const E *>(p.delta.data)[row * p.delta.row + channel];
+        z[r] = p.z.data ? static_cast<const E *>(p.z.data)[row * p.z.row + channel] : u[r];
+        b[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.b.data) + row * p.b.row + first_b);
+        c[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.c.data) + row * p.c.row + first_c);
+    }
+    float4 a = *reinterpret_cast<const float4 *>(p.a + int64_t(channel) * p.states + own);
+    float bias = p.bias ? p.bias[channel] : 0.0f, skip = p.d ? p.d[channel] : 0.0f;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= p.batch) break;
+        float dt = widen(delta[r]) + bias, x = widen(u[r]);
+        if (p.softplus) dt = softplus(dt);
+        if (!p.initial) h[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float step = LOG2E * dt, input = dt * x;
+        h[r].x = fmaf(exp2_fast(step * a.x), h[r].x, input * widen(b[r].at[0]));
+        h[r].y = fmaf(exp2_fast(step * a.y), h[r].y, input * widen(b[r].at[1]));
+        h[r].z = fmaf(exp2_fast(step * a.z), h[r].z, input * widen(b[r].at[2]));
+        h[r].w = fmaf(exp2_fast(step * a.w), h[r].w, input * widen(b[r].at[3]));
+        float y = h[r].x * widen(c[r].at[0]);
+        y = fmaf(h[r].y, widen(c[r].at[1]), y);
+        y = fmaf(h[r].z, widen(c[r].at[2]), y);
+        y = fmaf(h[r].w, widen(c[r].at[3]), y);
+        if (part * NUMBERS >= p.states) y = 0.0f;
+#pragma unroll
+        for (int lanes = SPLIT / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
+        y = fmaf(skip, x, y) * (p.z.data ? silu(widen(z[r])) : 1.0f);
+        if (!live) continue;
+        if (part == 0) static_cast<E *>(p.y.data)[(first + r) * p.y.row + channel] = narrow<E>(y);
+        *reinterpret_cast<float4 *>(p.state + place[r]) = h[r];
+    }
+}
+
+template <typename E, int SPLIT, int ROWS> __device__ void any_step(const Scan &p) {
+    bool alike = !(sizeof(E) == 2 && (p.b.wide || p.c.wide));
+    if (p.length == 1 && p.states % NUMBERS == 0 && p.aligned_coefficients && alike && !p.marks && !p.slots &&
+        int64_t(gridDim.y) * ROWS >= p.batch)
+        step_once<E, SPLIT, ROWS>(p);
+    else
+        step<E, SPLIT, ROWS>(p);
+}
+
+#define KERNEL(E, S, R)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        selective_scan_step_##E##_##S(const __grid_constant__ Scan p) { step<E, S>(p); }
-#define SPLITS(E) KERNEL(E, 1) KERNEL(E, 2) KERNEL(E, 4) KERNEL(E, 8) KERNEL(E, 16) KERNEL(E, 32)
+        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { any_step<E, S, R>(p); }
+#define ROWS(E, S) KERNEL(E, S, 1) KERNEL(E, S, 4)
+#define SPLITS(E) ROWS(E, 1) ROWS(E, 2) ROWS(E, 4) ROWS(E, 8) ROWS(E, 16) ROWS(E, 32)
 SPLITS(float)
 SPLITS(bf16)
 SPLITS(f16)

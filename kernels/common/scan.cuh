@@ -51,6 +51,9 @@ struct Scan {
     int softplus;
     int aligned;   // whether rows of all sequences can be read and written in 16-byte pieces
     int aligned_coefficients;
+    // Steps only, both or neither: where the rows' states lie in a pool [slots, D, N], read and written in place, below
+    // zero for an idle row; and how many tokens of a row count (null: all).
+    const int *slots, *counts;
 };
 
 // Which channels, row and chunk a block has: grid (parts * blocks, batch, chunks or one less).

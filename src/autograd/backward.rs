@@ -12,7 +12,11 @@ const STACK: usize = 1 << 30;
 /// this runs it on a thread with a stack for millions, and drops the graph there too: all of it that `loss` alone
 /// holds. The gradients come back detached, so that they hold no part of it either (candle's own do: the gradient of a
 /// factor keeps the other factor's history).
+///
+/// On CUDA, candle gives every thread a stream of its own: the work of either thread is done before the other goes on.
 pub fn backward(loss: Tensor) -> Result<GradStore> {
+    let device = loss.device().clone();
+    device.synchronize()?;
     let worker = move || {
         let mut gradients = loss.backward()?;
         let ids: Vec<TensorId> = gradients.get_ids().copied().collect();
@@ -22,6 +26,7 @@ pub fn backward(loss: Tensor) -> Result<GradStore> {
             }
         }
         drop(loss);
+        device.synchronize()?;
         Ok(gradients)
     };
     let thread = thread::Builder::new()

@@ -50,6 +50,11 @@ impl GenerationConfig {
         Self { max_tokens, temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether the tokens are those of the largest logits as they come.
+    pub(super) fn is_greedy(&self) -> bool {
+        self.temperature == 0.0 && self.repetition_penalty == 1.0
+    }
+
     /// Checks every setting.
     ///
     /// # Errors

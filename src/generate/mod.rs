@@ -11,4 +11,5 @@ mod stream;
 
 pub use config::GenerationConfig;
 pub use sampler::Sampler;
+pub(crate) use sampler::argmax;
 pub use stream::{Finish, Generation, Token, generate};

@@ -85,7 +85,7 @@ impl Sampler {
 }
 
 /// The largest logit's id, the lowest of equals.
-fn argmax(logits: &[f64]) -> Result<u32> {
+pub(crate) fn argmax(logits: &[f64]) -> Result<u32> {
     let mut best = 0;
     for (id, &x) in logits.iter().enumerate() {
         if x.is_nan() || x == f64::INFINITY {

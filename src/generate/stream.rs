@@ -1,7 +1,7 @@
 //! Generation, token by token.
 
 use super::{GenerationConfig, Sampler};
-use crate::models::{LanguageModel, ModelState};
+use crate::models::{Decoder, LanguageModel, ModelState};
 use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -31,7 +31,8 @@ pub struct Token {
 /// order of the rows.
 ///
 /// The prompts are read in one call (padded to one length, which no row notices); then every step feeds the tokens just
-/// drawn, one a row. Rows that have ended are taken out of the batch. After an error the iterator ends.
+/// drawn, one a row. Rows that have ended are taken out of the batch. After an error the iterator ends. Where the model has
+/// a [`Decoder`] with kernels of its own, the steps go through that.
 ///
 /// ```
 /// # use candle_core::{DType, Device};
@@ -56,6 +57,8 @@ pub struct Generation<'a> {
     /// The rows still running: row `running[i]` is row `i` of `state` and `logits`.
     running: Vec<usize>,
     state: ModelState,
+    /// Holds the rows' states instead, row `r` in slot `r`, where it has kernels for them.
+    decoder: Option<Decoder<'a>>,
     /// Of the last token fed, `[rows running, V]`; none once they are drawn from.
     logits: Option<Tensor>,
 }
@@ -118,7 +121,8 @@ impl<'a> Generation<'a> {
         };
         let logits = read(&model, &prompts, &mut state)?;
         let running = if config.max_tokens == 0 { vec![] } else { (0..rows.len()).collect() };
-        Ok(Self { model, config, rows, running, state, logits: Some(logits) })
+        let decoder = decoder(&model, &state)?;
+        Ok(Self { model, config, rows, running, state, decoder, logits: Some(logits) })
     }
 
     /// The state of every row, to go on from: it has seen the prompt and all tokens of the row but the last.
@@ -127,27 +131,34 @@ impl<'a> Generation<'a> {
     /// Those of candle.
     pub fn into_states(self) -> Result<Vec<ModelState>> {
         let place = |row: usize| self.running.iter().position(|&r| r == row).unwrap_or(row);
-        let state = |(row, own): (usize, Row)| match own.state {
-            Some(state) => Ok(state),
-            None => self.state.select(&[place(row)]),
+        let state = |(row, own): (usize, Row)| match (own.state, &self.decoder) {
+            (Some(state), _) => Ok(state),
+            (None, Some(decoder)) => decoder.state(row),
+            (None, None) => self.state.select(&[place(row)]),
         };
         self.rows.into_iter().enumerate().map(state).collect()
     }
 
     fn step(&mut self) -> Result<Vec<Token>> {
-        let logits = match self.logits.take() {
-            Some(logits) => logits,
-            None => {
-                let last: Vec<u32> = self.running.iter().map(|&row| self.rows[row].last).collect();
+        let last: Vec<u32> = self.running.iter().map(|&row| self.rows[row].last).collect();
+        let slots: Vec<Option<usize>> = self.running.iter().copied().map(Some).collect();
+        let ids = match (self.logits.take(), &mut self.decoder) {
+            (Some(logits), _) => self.draw(&logits)?,
+            // the device looks for the most probable tokens itself
+            (None, Some(decoder)) if self.config.is_greedy() => decoder.step_greedy(&slots, &last)?,
+            (None, Some(decoder)) => {
+                let logits = decoder.step(&slots, &last)?.squeeze(1)?;
+                self.draw(&logits)?
+            }
+            (None, None) => {
                 let ids = Tensor::from_vec(last, (self.running.len(), 1), self.model.device())?;
-                feed(&self.model, &ids, None, &mut self.state)?
+                let logits = feed(&self.model, &ids, None, &mut self.state)?;
+                self.draw(&logits)?
             }
         };
-        let mut logits = logits.to_dtype(DType::F64)?.to_vec2::<f64>()?;
         let mut tokens = Vec::with_capacity(self.running.len());
-        for (&row, logits) in self.running.iter().zip(&mut logits) {
+        for (&row, id) in self.running.iter().zip(ids) {
             let own = &mut self.rows[row];
-            let id = own.sampler.draw(logits)?;
             own.last = id;
             own.drawn += 1;
             let finish = if self.config.stop_tokens.contains(&id) {
@@ -161,17 +172,27 @@ impl<'a> Generation<'a> {
         Ok(tokens)
     }
 
+    /// Draws from the logits `[B, V]` of the running rows.
+    fn draw(&mut self, logits: &Tensor) -> Result<Vec<u32>> {
+        let mut logits = logits.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+        let rows = self.running.iter().zip(&mut logits);
+        rows.map(|(&row, logits)| self.rows[row].sampler.draw(logits)).collect()
+    }
+
     /// Takes the rows that have ended out of the batch.
     fn retire(&mut self, tokens: &[Token]) -> Result<()> {
         let staying: Vec<usize> = (0..tokens.len()).filter(|&i| tokens[i].finish.is_none()).collect();
         if staying.len() == tokens.len() {
             return Ok(());
         }
-        for (i, token) in tokens.iter().enumerate().filter(|(_, token)| token.finish.is_some()) {
-            self.rows[token.row].state = Some(self.state.select(&[i])?);
-        }
-        if !staying.is_empty() {
-            self.state = self.state.select(&staying)?;
+        // a decoder's slots stay as their rows left them
+        if self.decoder.is_none() {
+            for (i, token) in tokens.iter().enumerate().filter(|(_, token)| token.finish.is_some()) {
+                self.rows[token.row].state = Some(self.state.select(&[i])?);
+            }
+            if !staying.is_empty() {
+                self.state = self.state.select(&staying)?;
+            }
         }
         self.running = staying.into_iter().map(|i| tokens[i].row).collect();
         Ok(())
@@ -209,6 +230,20 @@ pub fn generate(
         }
     }
     Ok(rows)
+}
+
+/// A decoder with the rows of `state` in its slots, if it has kernels for as many.
+fn decoder<'a>(model: &Cow<'a, LanguageModel>, state: &ModelState) -> Result<Option<Decoder<'a>>> {
+    if !model.device().is_cuda() {
+        return Ok(None);
+    }
+    let rows = state.batch();
+    let mut decoder = Decoder::over(model.clone(), rows)?;
+    if !decoder.is_fused(rows) {
+        return Ok(None);
+    }
+    (0..rows).try_for_each(|row| decoder.set_state(row, state, row))?;
+    Ok(Some(decoder))
 }
 
 fn check(prompts: &[&[u32]], config: &GenerationConfig, vocabulary: usize) -> Result<()> {

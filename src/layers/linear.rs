@@ -9,7 +9,7 @@ use candle_core::Tensor;
 #[derive(Clone, Debug)]
 pub(crate) struct Linear {
     pub(crate) weight: Tensor,
-    bias: Option<Tensor>,
+    pub(crate) bias: Option<Tensor>,
 }
 
 impl Linear {

@@ -168,7 +168,7 @@ impl NormLayer {
         add_norm(residual, update, &self.arguments())
     }
 
-    fn arguments(&self) -> Norm<'_> {
+    pub(crate) fn arguments(&self) -> Norm<'_> {
         match self {
             Self::Rms(norm) => norm.arguments(),
             Self::Layer(norm) => norm.arguments(),

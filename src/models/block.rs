@@ -114,6 +114,17 @@ impl Block {
         Ok(Stream { sum: normed.to_dtype(wide)?, update: None })
     }
 
+    /// Norm and mixer of a block that is `x + mamba(norm(x))` and nothing else.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn plain_mamba(&self) -> Option<(&NormLayer, &crate::layers::Mamba)> {
+        match &self.mixer {
+            Mixer::Mamba(mixer) if self.mlp.is_none() && self.residual == Residual::default() => {
+                Some((&self.norm, mixer))
+            }
+            _ => None,
+        }
+    }
+
     /// Whether the stream comes out whole, with no update pending.
     pub(crate) fn ends_in_norm(&self) -> bool {
         self.residual.post_norm

@@ -15,6 +15,8 @@ use std::sync::Arc;
 /// Tokens of a batch that go through the stack together where nothing is tracked: enough for full speed, few enough for
 /// the caches. By the streaming law the cut changes nothing.
 const CHUNK: usize = 512;
+/// On a GPU: enough to fill it, few enough for its memory.
+const CUDA_CHUNK: usize = 16_384;
 
 /// Which tokens' hidden states are wanted.
 #[derive(Clone, Copy, PartialEq)]
@@ -144,7 +146,8 @@ impl LanguageModel {
         let (batch, length) = ids.dims2()?;
         let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
         let whole = tracked || self.form == Form::Parallel;
-        let chunk = if whole { length } else { (CHUNK / batch).max(CHUNK / 8) };
+        let most = if self.device.is_cuda() { CUDA_CHUNK } else { CHUNK };
+        let chunk = if whole { length } else { (most / batch).max(most / 8) };
         if chunk < length && carried.is_none() {
             *carried = Some(self.init_state(batch)?.blocks);
         }
@@ -304,7 +307,7 @@ fn is_tracked(state: &MixerState) -> bool {
 
 impl ModelState {
     /// Checks that this is a state of `batch` rows of `model`.
-    fn check(&self, model: &LanguageModel, batch: usize) -> Result<()> {
+    pub(super) fn check(&self, model: &LanguageModel, batch: usize) -> Result<()> {
         if self.model != model.kind || self.blocks.len() != model.blocks.len() {
             let got = format!("{} ({} blocks)", self.model, self.blocks.len());
             return Err(Error::value("state", format!("one of the model ({})", model.kind), got));

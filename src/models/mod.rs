@@ -6,6 +6,7 @@
 
 mod block;
 mod config;
+mod decode;
 mod distill;
 pub mod formats;
 mod forward;
@@ -18,6 +19,7 @@ mod state;
 pub(crate) mod weights;
 
 pub use config::{BlockConfig, FeedForwardConfig, ModelConfig, Residual, SpecialTokens};
+pub use decode::Decoder;
 pub use distill::FilterErrors;
 pub use formats::Family;
 pub use language_model::LanguageModel;

@@ -59,6 +59,35 @@ impl ModelState {
         })
     }
 
+    /// The rows of several states, one below the other; none if they cannot lie in one tensor, as those of mixers that keep
+    /// every token and have had different numbers of them.
+    pub(crate) fn cat(states: &[&Self]) -> Result<Option<Self>> {
+        let Some(first) = states.first() else { return Ok(None) };
+        let positions: Vec<usize> = states.iter().flat_map(|state| &state.positions).copied().collect();
+        let mut blocks = Vec::with_capacity(first.blocks.len());
+        for (i, block) in first.blocks.iter().enumerate() {
+            let mut tensors = BTreeMap::new();
+            for state in states {
+                for (name, tensor) in state.blocks[i].saved()? {
+                    tensors.entry(name).or_insert_with(Vec::new).push(tensor);
+                }
+            }
+            let alike = |all: &Vec<Tensor>| all.iter().all(|x| x.dims()[1..] == all[0].dims()[1..]);
+            if !tensors.values().all(alike) {
+                return Ok(None);
+            }
+            let get = |name: &str| match tensors.get(name) {
+                Some(all) => Ok(Tensor::cat(all, 0)?),
+                None => Err(Error::value(format!("state: {name}"), "a tensor", "none")),
+            };
+            let Some(block) = MixerState::from_tensors(block.mixer(), get, &positions)? else {
+                return Ok(None);
+            };
+            blocks.push(block);
+        }
+        Ok(Some(Self { blocks, positions, model: first.model.clone() }))
+    }
+
     /// `B`
     pub fn batch(&self) -> usize {
         self.positions.len()

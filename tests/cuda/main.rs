@@ -13,6 +13,11 @@ mod common;
 #[cfg(feature = "cuda")]
 mod convolution;
 #[cfg(feature = "cuda")]
+mod decoder;
+#[cfg(feature = "cuda")]
+#[path = "../decoder/laws.rs"]
+mod decoder_laws;
+#[cfg(feature = "cuda")]
 mod model;
 #[cfg(feature = "cuda")]
 mod norm;

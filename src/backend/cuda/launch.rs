@@ -4,6 +4,7 @@ use super::{Module, failed, module};
 use crate::Result;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg, sys};
+use std::ffi::c_void;
 
 /// A struct that a kernel takes by value.
 #[repr(transparent)]
@@ -51,6 +52,59 @@ impl Launch<'_> {
     }
 }
 
+impl Launch<'_> {
+    /// Puts a kernel of one struct into the stream, with `memory` bytes of shared memory a block. If `early`, it may begin
+    /// while the kernel ahead of it still runs, and waits for that one's results itself.
+    ///
+    /// # Safety
+    /// As [`Launch::run`], for the one argument; a kernel that begins early reads and writes nothing of others before it
+    /// has waited.
+    pub(crate) unsafe fn follow<T: Copy>(&self, argument: &T, memory: usize, early: bool) -> Result<()> {
+        let kernel = module::kernel(self.device, self.module, self.kernel, false)?;
+        let fail =
+            |error| failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error);
+        if memory > FREE_SHARED_MEMORY {
+            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            kernel.function.set_attribute(most, memory as i32).map_err(fail)?;
+        }
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().map_err(fail)?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let [x, y, z] = self.grid.map(|n| n as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: memory as u32,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: early as u32,
+        };
+        let mut arguments = [(&raw const *argument).cast_mut().cast::<c_void>()];
+        // SAFETY: the configuration and the one argument live through the call, which copies them; the rest is the
+        // caller's promise.
+        let result = unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                kernel.function.cu_function(),
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        result.result().map_err(fail)
+    }
+}
+
+/// Shared memory that a block gets without asking for more.
+const FREE_SHARED_MEMORY: usize = 48 << 10;
+
 /// An argument of a kernel: a number, a pointer (`u64`) or a [`Packed`] struct.
 pub(crate) trait Argument {
     /// Adds it to a launch.
@@ -68,4 +122,11 @@ pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     let count = device.cuda_stream().context().attribute(attribute);
     Ok(count.map_err(|error| failed("the number of multiprocessors", error))?.max(1) as usize)
+}
+
+/// Whether a kernel may begin before the one ahead of it has ended: from Hopper on.
+pub(crate) fn starts_early(device: &CudaDevice) -> Result<bool> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    let major = device.cuda_stream().context().attribute(attribute);
+    Ok(major.map_err(|error| failed("the compute capability", error))? >= 9)
 }

@@ -4,12 +4,15 @@
 //! it is in the stream.
 
 mod element;
+mod graph;
 mod launch;
+mod memory;
 mod module;
 mod view;
 
 pub(crate) use element::Element;
-pub(crate) use launch::{Argument, Launch, Packed, multiprocessors};
+pub(crate) use graph::Graph;
+pub(crate) use launch::{Argument, Launch, Packed, multiprocessors, starts_early};
 pub(crate) use module::Module;
 pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_stride};
 

@@ -1,11 +1,11 @@
 //! The compiled kernels: one module for each .cu, loaded at its first use on a device and kept.
 
-use super::failed;
+use super::{failed, memory};
 use crate::Result;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A file of `kernels/`.
@@ -17,6 +17,8 @@ pub(crate) enum Module {
     ScanStep,
     CausalConv1d,
     Norm,
+    DecodeProject,
+    DecodeState,
 }
 
 macro_rules! embedded {
@@ -34,6 +36,8 @@ impl Module {
             Self::ScanStep => embedded!("selective_scan_step"),
             Self::CausalConv1d => embedded!("causal_conv1d"),
             Self::Norm => embedded!("norm"),
+            Self::DecodeProject => embedded!("decode_project"),
+            Self::DecodeState => embedded!("decode_state"),
         }
     }
 }
@@ -47,6 +51,7 @@ pub(super) struct Kernel {
 
 #[derive(Default)]
 struct Loaded {
+    devices: HashSet<usize>,
     modules: HashMap<(usize, Module), Arc<CudaModule>>,
     kernels: HashMap<(usize, String), Kernel>,
 }
@@ -60,6 +65,9 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str, dynamic: b
     let ordinal = stream.context().ordinal();
     if let Some(kernel) = loaded.kernels.get(&(ordinal, name.to_string())) {
         return Ok(kernel.clone());
+    }
+    if loaded.devices.insert(ordinal) {
+        memory::keep_freed(stream.context())?;
     }
     let own = match loaded.modules.get(&(ordinal, module)) {
         Some(module) => module.clone(),

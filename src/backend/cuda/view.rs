@@ -104,6 +104,11 @@ impl<E: Element> Buffer<E> {
         pointer
     }
 
+    /// To be filled.
+    pub(crate) fn slice_mut(&mut self) -> &mut CudaSlice<E> {
+        &mut self.slice
+    }
+
     /// As candle holds it.
     pub(crate) fn storage(self, device: &CudaDevice) -> Storage {
         Storage::Cuda(CudaStorage::wrap_cuda_slice(self.slice, device.clone()))

@@ -74,7 +74,38 @@ fn negative_exp(a_log: &Tensor) -> Result<Tensor> {
     Ok(a_log.exp()?.neg()?)
 }
 
+/// The parameters of a layer, for whoever computes it in another way.
+#[cfg(feature = "cuda")]
+pub(crate) struct Parameters<'a> {
+    pub(crate) in_proj: &'a Linear,
+    pub(crate) conv_weight: &'a Tensor,
+    pub(crate) conv_bias: Option<&'a Tensor>,
+    pub(crate) x_proj: &'a Tensor,
+    pub(crate) inner_norms: &'a [Option<Tensor>; 3],
+    pub(crate) dt_weight: &'a Tensor,
+    pub(crate) dt_bias: &'a Tensor,
+    pub(crate) a: Tensor,
+    pub(crate) d: &'a Tensor,
+    pub(crate) out_proj: &'a Linear,
+}
+
 impl Mamba {
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parameters(&self) -> Result<Parameters<'_>> {
+        Ok(Parameters {
+            in_proj: &self.in_proj,
+            conv_weight: &self.conv_weight,
+            conv_bias: self.conv_bias.as_ref(),
+            x_proj: &self.x_proj,
+            inner_norms: &self.inner_norms,
+            dt_weight: &self.dt_weight,
+            dt_bias: &self.dt_bias,
+            a: self.decay.a()?,
+            d: &self.d,
+            out_proj: &self.out_proj,
+        })
+    }
+
     /// Reads the parameters that [`MambaConfig::parameters`] lists.
     ///
     /// A `VarBuilder` over an empty `VarMap` gives trainable but plain values; insert those of [`Mamba::init`] into the

@@ -76,6 +76,7 @@ struct Call {
     channels: i32,
     group: i32,
     layer: i32,
+    outside: i32,
     rounds: i32,
     gate_after: i32,
     eps: f32,
@@ -206,7 +207,8 @@ impl Saved {
             channels: self.channels() as i32,
             group: self.group as i32,
             layer: (self.kind == NormKind::Layer) as i32,
-            rounds: (self.kind == NormKind::Rms && self.z.is_none()) as i32,
+            outside: (self.kind == NormKind::RmsOutside) as i32,
+            rounds: (self.kind != NormKind::Layer && self.z.is_none()) as i32,
             gate_after: self.gate_after as i32,
             eps: self.eps as f32,
             ..Call::default()

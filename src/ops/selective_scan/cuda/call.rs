@@ -65,6 +65,8 @@ pub(super) struct Scan {
     softplus: i32,
     aligned: i32,
     aligned_coefficients: i32,
+    slots: u64,
+    counts: u64,
 }
 
 /// The tensors of a call, held: sequences with unit stride, vectors contiguous.

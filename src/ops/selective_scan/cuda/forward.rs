@@ -1,7 +1,7 @@
 //! The forward pass.
 
 use super::call::{Launcher, Locks, contiguous};
-use super::plan::{TILE, step};
+use super::plan::{Step, TILE, step};
 use super::{Plan, Prepared, name};
 use crate::Result;
 use crate::backend::cuda::{Buffer, Element, Guards, Module, Packed, device_of};
@@ -48,9 +48,9 @@ pub(super) fn forward<E: Element>(
         // SAFETY: `Locks` gives pointers and steps of tensors whose shapes were checked, and the buffers have the sizes
         // that the kernels fill.
         unsafe {
-            if let (Some((split, [columns, rows])), false) = (step(sizes), keep) {
-                let kernel = format!("selective_scan_step_{}_{split}", E::NAME);
-                launch.plain(Module::ScanStep, &kernel, [columns, rows, 1], &[&Packed(scan)])?;
+            if let (Some(Step { split, rows, blocks: [columns, turns] }), false) = (step(sizes), keep) {
+                let kernel = format!("selective_scan_step_{}_{split}_{rows}", E::NAME);
+                launch.plain(Module::ScanStep, &kernel, [columns, turns, 1], &[&Packed(scan)])?;
             } else {
                 if cut {
                     scan.carried = carried.pointer(&stream, guards);

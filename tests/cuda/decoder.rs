@@ -1,0 +1,135 @@
+//! Decoding by kernels of its own, against the model's forward pass on the same device and on the CPU.
+
+use crate::common::*;
+use crate::decoder_laws::{follows_the_model, greedy_is_the_largest_logit, refuses_nonsense};
+use crate::gpu;
+use candle_core::{DType, Device};
+use subquadratic::generate::{Generation, GenerationConfig, generate};
+use subquadratic::models::{Decoder, Family, LanguageModel, MixerConfig, ModelConfig, NormConfig};
+
+const VOCABULARY: usize = 61;
+
+/// Models with other options each; all of them have kernels.
+fn configs() -> [ModelConfig; 4] {
+    let mut falcon = ModelConfig::mamba(64, 2, VOCABULARY);
+    (falcon.family, falcon.tie_embeddings) = (Family::FalconMamba, false);
+    let mut original = ModelConfig::mamba(72, 3, VOCABULARY);
+    let norm = NormConfig::Layer { eps: 1e-5 };
+    (original.family, original.vocab_multiple) = (Family::MambaOriginal, 8);
+    (original.final_norm, original.residual_in_fp32) = (Some(norm), false);
+    original.blocks.iter_mut().for_each(|block| block.norm = norm);
+    let mut odd = ModelConfig::mamba(40, 2, VOCABULARY);
+    for (config, [states, filter, rank]) in [(&mut falcon, [13, 2, 24]), (&mut odd, [24, 3, 5])] {
+        let bias = config.family == Family::FalconMamba;
+        for block in &mut config.blocks {
+            let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
+            (mixer.d_state, mixer.d_conv, mixer.dt_rank) = (states, filter, rank);
+            (mixer.bias, mixer.conv_bias) = (bias, !bias);
+            mixer.inner_norm_eps = bias.then_some(1e-3);
+        }
+    }
+    [ModelConfig::mamba(64, 3, VOCABULARY), falcon, original, odd]
+}
+
+fn model(config: &ModelConfig, dtype: DType, device: &Device) -> LanguageModel {
+    LanguageModel::init(config, 1, dtype, device).unwrap().frozen().unwrap()
+}
+
+#[test]
+fn steps_are_the_model() {
+    let Some(device) = gpu() else { return };
+    for config in configs() {
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 4e-2), (DType::F16, 6e-3)] {
+            let model = model(&config, dtype, &device);
+            assert!(Decoder::new(&model, 1).unwrap().is_fused(8));
+            let what = format!("{:?} {dtype:?}", config.family);
+            follows_the_model(&what, &model, 6, 60, tolerance);
+        }
+    }
+    greedy_is_the_largest_logit(&model(&configs()[0], DType::F32, &device));
+    refuses_nonsense(&model(&configs()[1], DType::F32, &device));
+}
+
+#[test]
+fn generation_is_the_cpus() {
+    let Some(device) = gpu() else { return };
+    let prompts = [vec![1u32, 2, 3], vec![4, 5, 6, 7, 8], vec![9]];
+    for config in [GenerationConfig::greedy(30), GenerationConfig { max_tokens: 20, ..Default::default() }] {
+        let config = GenerationConfig { stop_tokens: vec![7, 11], ..config };
+        let on =
+            |device: &Device| generate(&model(&configs()[0], DType::F32, device), &prompts, config.clone());
+        assert_eq!(on(&device).unwrap(), on(&Device::Cpu).unwrap());
+    }
+    // and the states that it leaves
+    let states = |device: &Device| {
+        let model = model(&configs()[0], DType::F32, device);
+        let mut generation = Generation::new(&model, &prompts, GenerationConfig::greedy(4)).unwrap();
+        generation.by_ref().for_each(|step| drop(step.unwrap()));
+        generation.into_states().unwrap()
+    };
+    for (got, want) in states(&device).iter().zip(&states(&Device::Cpu)) {
+        crate::decoder_laws::assert_same_state("behind a generation", got, want, 1e-4);
+    }
+}
+
+#[test]
+fn a_hundred_runs_give_the_same_bits() {
+    let Some(device) = gpu() else { return };
+    let model = model(&configs()[0], DType::BF16, &device);
+    let run = || -> Vec<u64> {
+        let mut decoder = Decoder::new(&model, 3).unwrap();
+        let slots = [Some(1), Some(0), None];
+        let mut all = vec![];
+        for t in 0..4 {
+            let logits = decoder.step(&slots, &[t, t + 1, 0]).unwrap().narrow(0, 0, 2).unwrap();
+            all.extend(bits(&logits.to_device(&Device::Cpu).unwrap()));
+        }
+        all
+    };
+    let want = run();
+    for _ in 1..100 {
+        assert!(run() == want);
+    }
+}
+
+#[test]
+fn a_token_tried_is_a_token_taken() {
+    let Some(device) = gpu() else { return };
+    let (cuda, cpu) =
+        (model(&configs()[0], DType::F32, &device), model(&configs()[0], DType::F32, &Device::Cpu));
+    for rows in [1, 2, 4] {
+        let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
+        let [mut taken, mut tried, mut want] =
+            [&cuda, &cuda, &cpu].map(|model| Decoder::new(model, rows).unwrap());
+        let ids = |tokens: u32| -> Vec<u32> {
+            (0..rows as u32).flat_map(|r| (0..tokens).map(move |t| 3 * r + t)).collect()
+        };
+        taken.step(&slots, &ids(1)).unwrap();
+        want.step(&slots, &ids(1)).unwrap();
+        tried.draft(&slots, &ids(2)).unwrap();
+        tried.accept(&vec![1; rows]).unwrap();
+        for slot in 0..rows {
+            let want = want.state(slot).unwrap();
+            let forward = {
+                let mut state = cuda.init_state(1).unwrap();
+                let ids = candle_core::Tensor::new(&[[3 * slot as u32]], &device).unwrap();
+                cuda.forward_with_state(&ids, &mut state).unwrap();
+                state
+            };
+            for (name, got) in [
+                ("taken", taken.state(slot).unwrap()),
+                ("tried", tried.state(slot).unwrap()),
+                ("forward", forward),
+            ] {
+                for (i, (got, want)) in got.blocks.iter().zip(&want.blocks).enumerate() {
+                    use subquadratic::layers::LayerState;
+                    for ((part, got), (_, want)) in got.saved().unwrap().iter().zip(want.saved().unwrap()) {
+                        let got = got.to_device(&Device::Cpu).unwrap();
+                        let what = format!("rows {rows} {name} block {i} {part}");
+                        assert_close(&what, &got, &want, 1e-5);
+                    }
+                }
+            }
+        }
+    }
+}
