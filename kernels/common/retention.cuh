@@ -82,7 +82,7 @@ struct Decay {
 
 // The decays of a chunk. From column j to row i: zero if their counts of resets differ (those of padding always do), else
 // 2 to the difference of the sums, which are kept in two parts so that the difference of large ones is exact.
-template <int C> struct Decays {
+template <int C> struct alignas(16) Decays {
     float high[C], low[C];
     int row[C], column[C];
     float start[C]; // outer times the decay from before the chunk to after the token
