@@ -66,3 +66,26 @@ fn training_goes_as_on_the_cpu() {
         }
     }
 }
+
+/// A RetNet in every form: the whole, and token by token.
+#[test]
+fn a_retnet_is_the_cpus() {
+    let Some(device) = gpu() else { return };
+    for form in [Form::Parallel, Form::Chunkwise { chunk: 32 }, Form::Recurrent] {
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 3e-2)] {
+            let config = ModelConfig::retnet(64, 2, VOCABULARY).with_form(form);
+            let model = |device: &Device| LanguageModel::init(&config, 1, dtype, device).unwrap();
+            let (cpu, cuda) = (model(&Device::Cpu), model(&device));
+            let ids = ids(&mut Random::new(2), 2, 70, &Device::Cpu);
+            let want = cpu.forward(&ids).unwrap();
+            let ids = ids.to_device(&device).unwrap();
+            let host = |x: &Tensor| x.to_device(&Device::Cpu).unwrap();
+            let what = format!("{form:?} {dtype:?}");
+            assert_close(&what, &host(&cuda.forward(&ids).unwrap()), &want, tolerance);
+            let mut state = cuda.init_state(2).unwrap();
+            let step = |t| cuda.forward_with_state(&ids.narrow(1, t, 1)?.contiguous()?, &mut state);
+            let steps: Vec<Tensor> = (0..70).map(step).collect::<Result<_, _>>().unwrap();
+            assert_close(&what, &host(&Tensor::cat(&steps, 1).unwrap()), &want, tolerance);
+        }
+    }
+}

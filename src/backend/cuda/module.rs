@@ -17,6 +17,10 @@ pub(crate) enum Module {
     ScanStep,
     CausalConv1d,
     Norm,
+    RetentionBf16,
+    RetentionF16,
+    RetentionF32,
+    RetentionCarry,
 }
 
 macro_rules! embedded {
@@ -34,6 +38,10 @@ impl Module {
             Self::ScanStep => embedded!("selective_scan_step"),
             Self::CausalConv1d => embedded!("causal_conv1d"),
             Self::Norm => embedded!("norm"),
+            Self::RetentionBf16 => embedded!("retention_bf16"),
+            Self::RetentionF16 => embedded!("retention_f16"),
+            Self::RetentionF32 => embedded!("retention_f32"),
+            Self::RetentionCarry => embedded!("retention_carry"),
         }
     }
 }
