@@ -5,6 +5,7 @@ use crate::gpu;
 use candle_core::{DType, Device, Tensor};
 use subquadratic::generate::{GenerationConfig, generate};
 use subquadratic::models::{LanguageModel, ModelConfig};
+use subquadratic::ops::Form;
 use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 
 const VOCABULARY: usize = 61;
@@ -73,8 +74,12 @@ fn a_retnet_is_the_cpus() {
     let Some(device) = gpu() else { return };
     for form in [Form::Parallel, Form::Chunkwise { chunk: 32 }, Form::Recurrent] {
         for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 3e-2)] {
-            let config = ModelConfig::retnet(64, 2, VOCABULARY).with_form(form);
-            let model = |device: &Device| LanguageModel::init(&config, 1, dtype, device).unwrap();
+            let config = ModelConfig::retnet(64, 2, VOCABULARY);
+            let model = |device: &Device| {
+                let mut model = LanguageModel::init(&config, 1, dtype, device).unwrap();
+                assert!(model.set_form(form).unwrap());
+                model
+            };
             let (cpu, cuda) = (model(&Device::Cpu), model(&device));
             let ids = ids(&mut Random::new(2), 2, 70, &Device::Cpu);
             let want = cpu.forward(&ids).unwrap();

@@ -52,10 +52,16 @@ fn any_shape_flag_and_dtype() {
 #[test]
 fn the_grid_of_the_peers() {
     let Some(device) = gpu() else { return };
-    for (i, [batch, length, heads, keys, values]) in
-        [[1, 63, 1, 64, 64], [2, 500, 3, 60, 60], [2, 1000, 3, 100, 100], [2, 1000, 3, 128, 256], [1, 1024, 2, 256, 512], [1, 300, 1, 512, 512]]
-            .into_iter()
-            .enumerate()
+    for (i, [batch, length, heads, keys, values]) in [
+        [1, 63, 1, 64, 64],
+        [2, 500, 3, 60, 60],
+        [2, 1000, 3, 100, 100],
+        [2, 1000, 3, 128, 256],
+        [1, 1024, 2, 256, 512],
+        [1, 300, 1, 512, 512],
+    ]
+    .into_iter()
+    .enumerate()
     {
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             let case = Case { per_token: i % 2 == 0, ..Case::new(batch, length, heads, keys, values) };
@@ -77,7 +83,12 @@ fn time_cut_into_segments() {
             t[3] = (&t[3] * 0.01).unwrap();
         }
         let segments = random_segments(random, 1, length);
-        compare(&device, &case, &cast(&t, dtype), (seed == 5).then_some(&segments));
+        let (t, segments) = (cast(&t, dtype), (seed == 5).then_some(&segments));
+        compare(&device, &case, &t, segments);
+        let got = to(&case.run(&to(&t, &device), segments).unwrap(), &Device::Cpu);
+        for (got, want) in got.iter().zip(&oracle(&case, &widen(&t), segments)) {
+            assert_close(&format!("{case:?}"), got, want, tolerance(dtype));
+        }
     }
 }
 
@@ -90,7 +101,8 @@ fn any_cut_gives_the_same() {
         let t = cast(&case.tensors(seed as u64), DType::F32);
         let pieces = if length == 7 { vec![1; 7] } else { random.split(length, 2, 0) };
         let pieces: Vec<_> = pieces.into_iter().zip(FORMS.into_iter().cycle()).collect();
-        let (outputs, cut) = gradients(&t, |x| Ok(to(&case.in_pieces(&to(x, &device), &pieces)?, &Device::Cpu)));
+        let (outputs, cut) =
+            gradients(&t, |x| Ok(to(&case.in_pieces(&to(x, &device), &pieces)?, &Device::Cpu)));
         let got: Vec<Tensor> = outputs.into_iter().chain(cut).collect();
         for (k, (got, want)) in got.iter().zip(case.all(&t, None)).enumerate() {
             assert_close(&format!("{case:?} {pieces:?} result {k}"), got, &want, 1e-4);
@@ -101,7 +113,9 @@ fn any_cut_gives_the_same() {
 #[test]
 fn slices_are_read_in_place_and_what_is_too_wide_falls_back() {
     let Some(device) = gpu() else { return };
-    for (dtype, width) in [(DType::F32, 12), (DType::BF16, 64), (DType::F16, 7), (DType::F64, 4), (DType::BF16, 520)] {
+    for (dtype, width) in
+        [(DType::F32, 12), (DType::BF16, 64), (DType::F16, 7), (DType::F64, 4), (DType::BF16, 520)]
+    {
         let case = Case::new(2, 37, 2, width, width);
         let t = cast(&case.tensors(7), dtype);
         let wide = to(&[Tensor::cat(&t[..3], 3).unwrap()], &device).remove(0);

@@ -21,6 +21,7 @@ pub(crate) enum Module {
     RetentionF16,
     RetentionF32,
     RetentionCarry,
+    RetentionStep,
 }
 
 macro_rules! embedded {
@@ -42,6 +43,7 @@ impl Module {
             Self::RetentionF16 => embedded!("retention_f16"),
             Self::RetentionF32 => embedded!("retention_f32"),
             Self::RetentionCarry => embedded!("retention_carry"),
+            Self::RetentionStep => embedded!("retention_step"),
         }
     }
 }

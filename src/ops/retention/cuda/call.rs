@@ -6,14 +6,15 @@ use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, Shape, Storage, Tensor};
 
-/// Threads of the kernels of `retention_carry.cu`, and lanes of a warp.
-const THREADS: usize = 256;
-const LANES: usize = 32;
+/// Threads of the kernels of `retention_carry.cu` and `retention_step.cu`, values of a block of the latter, lanes of a warp.
+pub(super) const THREADS: usize = 256;
+const STEP_VALUES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 /// `[B, T, Hx, width]`, steps in elements; `share` heads share one of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct Heads {
+pub(super) struct Heads {
     data: u64,
     row: i64,
     token: i64,
@@ -24,16 +25,16 @@ struct Heads {
 /// `struct Retention` of `retention.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct Arguments {
+pub(super) struct Arguments {
     q: Heads,
     k: Heads,
     v: Heads,
-    o: Heads,
+    pub(super) o: Heads,
     log_decay: u64,
     marks: u64,
-    initial: u64,
+    pub(super) initial: u64,
     state: u64,
-    carried: u64,
+    pub(super) carried: u64,
     factors: u64,
     key_step: i64,
     value_step: i64,
@@ -125,6 +126,15 @@ impl Walk<'_> {
 
     /// Outputs and the state after the last token, from the states before each segment.
     pub(super) fn outputs<E: Element>(&self, what: &str, states: Option<&Tensor>) -> Result<Results<E>> {
+        self.results(what, states, false)
+    }
+
+    /// The same token by token; neither transposed nor backwards.
+    pub(super) fn steps<E: Element>(&self, what: &str) -> Result<Results<E>> {
+        self.results(what, None, true)
+    }
+
+    fn results<E: Element>(&self, what: &str, states: Option<&Tensor>, steps: bool) -> Result<Results<E>> {
         let [batch, length, heads, keys, values] = self.dims()?;
         let device = &device_of(self.q)?;
         let mut o = Buffer::<E>::new(device, batch * length * heads * values)?;
@@ -142,8 +152,14 @@ impl Walk<'_> {
             };
             arguments.aligned &= (values * size_of::<E>()).is_multiple_of(16) as i32;
             arguments.state = state.pointer(&stream, guards);
+            let launcher = Launcher { what, device };
             // SAFETY: as in `states`.
-            unsafe { Launcher { what, device }.walk::<E>("retention", self, arguments)? };
+            unsafe {
+                match steps {
+                    true => launcher.step::<E>(self, arguments)?,
+                    false => launcher.walk::<E>("retention", self, arguments)?,
+                }
+            }
         }
         let shape = if self.transposed { [values, keys] } else { [keys, values] };
         Ok(Results {
@@ -178,90 +194,19 @@ impl<E: Element> Results<E> {
     }
 }
 
-/// What the gradient of the decays comes from: `v`, its gradient, the outputs and theirs; states before and gradients behind
-/// the segments, and those before the first token.
-pub(super) struct DecayGradient<'a> {
-    pub(super) sequences: [&'a Tensor; 4],
-    pub(super) states: Option<&'a Tensor>,
-    pub(super) gradients: Option<&'a Tensor>,
-    pub(super) initial: Option<&'a Tensor>,
-    pub(super) dinitial: &'a Tensor,
-    pub(super) decays: Decays<'a>,
-}
-
-impl DecayGradient<'_> {
-    /// `[B, T, H]`
-    pub(super) fn compute<E: Element>(&self, what: &str) -> Result<Tensor> {
-        let [v, dv, o, d] = self.sequences;
-        let (batch, length, heads, _) = o.dims4()?;
-        let numbers = self.dinitial.elem_count() / (batch * heads);
-        let device = &device_of(o)?;
-        let walk = Walk {
-            q: v,
-            k: dv,
-            v: o,
-            decays: self.decays,
-            inner: 1.0,
-            outer: 1.0,
-            transposed: false,
-            backwards: false,
-            initial: self.initial,
-        };
-        let segments = walk.segments()?;
-        let mut tokens = Buffer::<f32>::new(device, batch * length * heads)?;
-        let mut beginnings = Buffer::<f32>::new(device, batch * heads * segments)?;
-        let (locks, stream) = (Locks::new(&walk, self.states), device.cuda_stream());
-        let others = [Some(d), self.gradients, Some(self.dinitial)].map(|x| x.map(Held::new));
-        {
-            let guards = &mut Guards::default();
-            let mut arguments = locks.arguments::<E>(&walk, device, &stream, guards)?;
-            let mut pointers = [0; 3];
-            for (to, held) in pointers.iter_mut().zip(&others) {
-                *to = match held {
-                    Some(held) => held.pointer("retention: gradient", device, &stream, guards)?,
-                    None => 0,
-                };
-            }
-            let [d_data, gradients, dinitial] = pointers;
-            arguments.o = steps(d_data, d, heads);
-            let (tokens, beginnings) = (tokens.pointer(&stream, guards), beginnings.pointer(&stream, guards));
-            let launcher = Launcher { what, device };
-            let products: [&dyn Argument; 7] = [
-                &beginnings,
-                &arguments.carried,
-                &gradients,
-                &arguments.initial,
-                &dinitial,
-                &(numbers as i64),
-                &(segments as i32),
-            ];
-            let kernel = format!("retention_tokens_{}", E::NAME);
-            let packed = Packed(arguments);
-            // SAFETY: as in `Walk::states`.
-            unsafe {
-                launcher.plain("retention_beginnings", [segments, batch * heads], &products)?;
-                let blocks = (length * heads).div_ceil(THREADS / LANES);
-                launcher.plain(&kernel, [blocks, batch], &[&packed, &tokens])?;
-                let blocks = (segments * heads).div_ceil(THREADS);
-                launcher.plain("retention_decay", [blocks, batch], &[&packed, &tokens, &beginnings])?;
-            }
-        }
-        Ok(tokens.tensor(device, (batch, length, heads)))
-    }
-}
-
-fn steps(data: u64, x: &Tensor, heads: usize) -> Heads {
+/// The steps of a tensor at `data`.
+pub(super) fn steps(data: u64, x: &Tensor, heads: usize) -> Heads {
     let [row, token, head] = [0, 1, 2].map(|i| x.stride()[i] as i64);
     Heads { data, row, token, head, share: (heads / x.dims()[2]) as i64 }
 }
 
 /// The tensors of a walk, held.
-struct Locks<'a> {
+pub(super) struct Locks<'a> {
     tensors: Vec<(&'static str, Held<'a>)>,
 }
 
 impl<'a> Locks<'a> {
-    fn new(walk: &Walk<'a>, states: Option<&'a Tensor>) -> Self {
+    pub(super) fn new(walk: &Walk<'a>, states: Option<&'a Tensor>) -> Self {
         let all = [
             ("q", Some(walk.q)),
             ("k", Some(walk.k)),
@@ -275,7 +220,7 @@ impl<'a> Locks<'a> {
     }
 
     /// The arguments of a kernel, results aside.
-    fn arguments<'s, E: Element>(
+    pub(super) fn arguments<'s, E: Element>(
         &'s self,
         walk: &Walk,
         device: &CudaDevice,
@@ -324,9 +269,9 @@ impl<'a> Locks<'a> {
 }
 
 /// Launches of one call.
-struct Launcher<'a> {
-    what: &'a str,
-    device: &'a CudaDevice,
+pub(super) struct Launcher<'a> {
+    pub(super) what: &'a str,
+    pub(super) device: &'a CudaDevice,
 }
 
 impl Launcher<'_> {
@@ -354,11 +299,35 @@ impl Launcher<'_> {
         unsafe { launch.run(&[&Packed(arguments)]) }
     }
 
+    /// # Safety
+    /// As [`Launcher::walk`].
+    unsafe fn step<E: Element>(&self, walk: &Walk, arguments: Arguments) -> Result<()> {
+        let [batch, _, heads, keys, values] = walk.dims()?;
+        let kernel = Kernel::new(keys, values, size_of::<E>());
+        let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
+        let launch = Launch {
+            what: self.what,
+            device: self.device,
+            module: Module::RetentionStep,
+            kernel: &format!("retention_step_{}_{}", E::NAME, kernel.keys),
+            grid: [values.div_ceil(STEP_VALUES), batch * heads, 1],
+            threads: THREADS as u32,
+            dynamic: false,
+        };
+        // SAFETY: as in `walk`.
+        unsafe { launch.run(&[&Packed(arguments)]) }
+    }
+
     /// A kernel of `retention_carry.cu`.
     ///
     /// # Safety
     /// As [`Launch::run`].
-    unsafe fn plain(&self, kernel: &str, grid: [usize; 2], arguments: &[&dyn Argument]) -> Result<()> {
+    pub(super) unsafe fn plain(
+        &self,
+        kernel: &str,
+        grid: [usize; 2],
+        arguments: &[&dyn Argument],
+    ) -> Result<()> {
         let launch = Launch {
             what: self.what,
             device: self.device,

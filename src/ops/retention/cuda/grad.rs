@@ -1,6 +1,8 @@
 //! The operator in candle's graph, and its backward pass.
 
-use super::call::{DecayGradient, Decays, Walk};
+use super::call::{Decays, Walk};
+use super::decay::DecayGradient;
+use super::plan;
 use crate::autograd::{Gradients, record, storage_of};
 use crate::backend::cuda::{Element, contiguous, with_unit_stride};
 use crate::ops::retention::{Retention, Sizes};
@@ -17,9 +19,14 @@ pub(super) fn recorded<E: Element>(
     inputs.extend(args.initial_state);
     let saved = Saved::new(args, sizes, segment)?;
     let (what, forward) = (saved.what(), saved.forward());
+    let tracked = inputs.iter().any(|x| x.track_op());
+    if plan::steps(sizes.length, tracked) {
+        let [o, state] = forward.steps::<E>(&what)?.tensors();
+        return Ok((o, state));
+    }
     let states = forward.states::<E>(&what)?;
     let results = forward.outputs::<E>(&what, states.as_ref())?;
-    if !inputs.iter().any(|x| x.track_op()) {
+    if !tracked {
         let [o, state] = results.tensors();
         return Ok((o, state));
     }

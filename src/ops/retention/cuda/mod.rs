@@ -8,9 +8,11 @@
 //! dq = retention(do, v, k) over S^T      dk = retention(v, do, q) over G^T      dv = retention(k, q, do) over G
 //! ```
 //!
-//! so that nothing is kept for the backward pass but the states between segments.
+//! so that nothing is kept for the backward pass but the states between segments. A few tokens outside a graph go through a
+//! kernel of steps, which reads and writes the state once.
 
 mod call;
+mod decay;
 mod grad;
 mod plan;
 

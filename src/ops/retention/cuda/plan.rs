@@ -19,6 +19,14 @@ const STATES_COST: f64 = 0.5;
 const MOST_BLOCKS: usize = 65_535;
 const MOST_TOKENS: usize = (1 << 31) - 2 * TOKENS;
 
+/// Up to so many tokens go through the kernel of single steps, where no gradient is asked for.
+const STEP_TOKENS: usize = 8;
+
+/// Whether a call of so many tokens is one of steps.
+pub(super) fn steps(length: usize, tracked: bool) -> bool {
+    length <= STEP_TOKENS && !tracked
+}
+
 /// The kernel of a call: its room for keys, and its slice of values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Kernel {
@@ -99,6 +107,12 @@ mod tests {
         assert_eq!(tokens(4, 2048, 16, 128, 128), Some(512));
         assert!(tokens(1, 65_536, 8, 256, 512).is_some_and(|n| n <= 16_384));
         assert_eq!(tokens(1, 100, 1, 64, 64), Some(128));
+    }
+
+    #[test]
+    fn a_step_is_short_and_outside_a_graph() {
+        assert!(steps(1, false) && steps(8, false));
+        assert!(!steps(9, false) && !steps(1, true));
     }
 
     #[test]
