@@ -7,7 +7,7 @@ use crate::retention_case::*;
 use candle_core::{DType, Device, Tensor, Var};
 use subquadratic::ops::{Form, Segments};
 
-/// Products are of numbers of the dtype: scores and states are rounded once, decays' gradients are sums of differences.
+/// Products are of numbers of the dtype: scores and states are rounded once.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-10,

@@ -30,9 +30,11 @@ pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, 
     if all.any(|x| x.dtype() == DType::F64) {
         return Ok(None);
     }
-    let sequence = if sequences.iter().all(|x| x.dtype() == own) { own } else { DType::F32 };
-    let count = multiprocessors(&device_of(args.q)?)?;
     let learns_decay = args.log_decay.track_op();
+    // a decay's gradient is a sum of differences, in which the roundings of few bits would grow
+    let alike = sequences.iter().all(|x| x.dtype() == own) && !learns_decay;
+    let sequence = if alike { own } else { DType::F32 };
+    let count = multiprocessors(&device_of(args.q)?)?;
     let Some(segment) = plan::segment(&sizes, sequence.size_in_bytes(), count, learns_decay) else {
         return Ok(None);
     };
