@@ -42,7 +42,7 @@ def main():
             peers |= globals()["time_" + operator](options.peers, dtypes)
         except Exception as error:  # one peer's failure must not hide the other figures
             print(f"{operator}: the peer failed: {type(error).__name__} {error}"[:600], file=sys.stderr)
-    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator).items()}
+    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator, dtypes).items()}
     print("| operator | shape | dtype | pass | this crate | peer | peer / this | floor | floor / this |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (operator, shape, dtype, what), own in ours.items():
@@ -55,9 +55,11 @@ def main():
         print("| " + " | ".join(cells) + " |")
 
 
-def time_ours(bench, operator):
+def time_ours(bench, operator, dtypes):
     """Medians of the benchmark executable, ms."""
-    arguments = [bench, "--bench", "--quick", "--noplot", "--color", "never", f"^{operator}/"]
+    shapes = "|".join(re.escape(shape["name"]) for shape in cuda_shapes(operator))
+    only = f"^{operator}/({shapes})/({'|'.join(dtypes)})/"
+    arguments = [bench, "--bench", "--quick", "--noplot", "--color", "never", only]
     text = subprocess.run(arguments, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout
     times, key = {}, None
     for line in text.splitlines():
