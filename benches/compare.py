@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SHAPES = json.loads((HERE / "shapes.json").read_text())
-OPERATORS = ["selective_scan", "selective_state_update", "causal_conv1d"]
+OPERATORS = ["selective_scan", "selective_state_update", "causal_conv1d", "retention", "retention_step"]
 COPY_TB_S, MUFU_PER_S = 3.02, 132 * 16 * 1.98e9  # of one H100 (measured; multiprocessors x 16 a clock x clock)
 UNITS = {"ns": 1e-6, "µs": 1e-3, "us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -42,7 +42,7 @@ def main():
             peers |= globals()["time_" + operator](options.peers, dtypes)
         except Exception as error:  # one peer's failure must not hide the other figures
             print(f"{operator}: the peer failed: {type(error).__name__} {error}"[:600], file=sys.stderr)
-    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator).items()}
+    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator, dtypes).items()}
     print("| operator | shape | dtype | pass | this crate | peer | peer / this | floor | floor / this |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (operator, shape, dtype, what), own in ours.items():
@@ -55,9 +55,11 @@ def main():
         print("| " + " | ".join(cells) + " |")
 
 
-def time_ours(bench, operator):
+def time_ours(bench, operator, dtypes):
     """Medians of the benchmark executable, ms."""
-    arguments = [bench, "--bench", "--quick", "--noplot", "--color", "never", f"^{operator}/"]
+    shapes = "|".join(re.escape(shape["name"]) for shape in cuda_shapes(operator))
+    only = f"^{operator}/({shapes})/({'|'.join(dtypes)})/"
+    arguments = [bench, "--bench", "--quick", "--noplot", "--color", "never", only]
     text = subprocess.run(arguments, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout
     times, key = {}, None
     for line in text.splitlines():
@@ -74,6 +76,10 @@ def floors(operator, name, dtype, what):
     """The least time, ms: bytes over the copy bandwidth, or for the scan its exponentials."""
     shape = next(shape for shape in SHAPES[operator] if shape["name"] == name)
     size = 4 if dtype == "f32" else 2
+    if operator.startswith("retention"):
+        b, t, h, k, v = shape["B"], shape.get("T", 1), shape["H"], shape["K"], shape["V"]
+        sequences, states = 2 * b * t * h * (k + v) * size, 8 * b * h * k * v if what == "step" else 0
+        return None if what == "fwd_bwd" else (sequences + states) / COPY_TB_S / 1e9
     b, d, n = shape["B"], shape["D"], shape.get("N", 0)
     if what == "step":
         return (8 * b * d * n + 4 * size * b * d) / COPY_TB_S / 1e9
@@ -172,14 +178,56 @@ def time_selective_state_update(peers, dtypes):
     return times
 
 
-def time_causal_conv1d(peers, dtypes):
-    import torch
+def use_fla(peers):
     site = os.path.join(tempfile.gettempdir(), "subquadratic_peers_site")
     if not os.path.isdir(site):
         wheels = glob.glob(f"{peers}/*.whl")
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", site]
         subprocess.run(pip + wheels, check=True)
-    sys.path.insert(0, site)
+    if site not in sys.path:
+        sys.path.insert(0, site)
+
+
+def time_retention(peers, dtypes):
+    import torch
+    use_fla(peers)
+    from fla.ops.retention import chunk_retention
+    times = {}
+    for shape in cuda_shapes("retention"):
+        b, t, h, k, v = (shape[letter] for letter in "BTHKV")
+        for name in dtypes:
+            dtype = dtype_of(name)
+            inputs = [randn(b, t, h, width, dtype=dtype) for width in (k, k, v)]
+            run = lambda: chunk_retention(*inputs)[0]
+            key = ("retention", shape["name"], name)
+            with torch.no_grad():
+                times[key + ("fwd",)] = median(run)
+            for x in inputs:
+                x.requires_grad_(True)
+            gradient = torch.randn_like(run())
+            times[key + ("fwd_bwd",)] = median(lambda: run().backward(gradient))
+    return times
+
+
+def time_retention_step(peers, dtypes):
+    import torch
+    use_fla(peers)
+    from fla.ops.retention import fused_recurrent_retention
+    times = {}
+    for shape in cuda_shapes("retention_step"):
+        b, h, k, v = (shape[letter] for letter in "BHKV")
+        for name in dtypes:
+            inputs = [randn(b, 1, h, width, dtype=dtype_of(name)) for width in (k, k, v)]
+            state = randn(b, h, k, v)
+            run = lambda: fused_recurrent_retention(*inputs, initial_state=state, output_final_state=True)
+            with torch.no_grad():
+                times["retention_step", shape["name"], name, "step"] = median(run)
+    return times
+
+
+def time_causal_conv1d(peers, dtypes):
+    import torch
+    use_fla(peers)
     from fla.modules.conv.causal_conv1d import causal_conv1d
     times = {}
     for shape in cuda_shapes("causal_conv1d"):

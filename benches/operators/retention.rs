@@ -18,13 +18,20 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
         for &dtype in bench.dtypes() {
             let inputs = inputs(bench, [b, t, h, k, v], dtype)?;
             for (suffix, form) in forms {
-                if form == Form::Parallel && t > LONGEST_PARALLEL {
+                // elsewhere than on the CPU all forms are one
+                if form == Form::Parallel && t > LONGEST_PARALLEL
+                    || form != Form::Auto && !bench.device.is_cpu()
+                {
                     continue;
                 }
                 let id = format!("{}{suffix}/{}", shape.name, name(dtype));
                 let throughput = Throughput::Elements((b * t) as u64);
                 if form == Form::Auto {
-                    measure_both(&mut sequences, &id, throughput, &inputs, |x| Ok(run(x, None, form)?.0));
+                    // RetNet's decays do not learn
+                    let decays = &inputs[3];
+                    measure_both(&mut sequences, &id, throughput, &inputs[..3], |x| {
+                        Ok(run(&[x, std::slice::from_ref(decays)].concat(), None, form)?.0)
+                    });
                 } else {
                     measure(&mut sequences, format!("{id}/fwd"), throughput, &bench.device, || {
                         run(&inputs, None, form)

@@ -22,6 +22,11 @@ mod model;
 #[cfg(feature = "cuda")]
 mod norm;
 #[cfg(feature = "cuda")]
+mod retention;
+#[cfg(feature = "cuda")]
+#[path = "../retention/case.rs"]
+mod retention_case;
+#[cfg(feature = "cuda")]
 mod scan;
 
 use candle_core::Device;

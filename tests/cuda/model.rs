@@ -5,6 +5,7 @@ use crate::gpu;
 use candle_core::{DType, Device, Tensor};
 use subquadratic::generate::{GenerationConfig, generate};
 use subquadratic::models::{LanguageModel, ModelConfig};
+use subquadratic::ops::Form;
 use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 
 const VOCABULARY: usize = 61;
@@ -63,6 +64,33 @@ fn training_goes_as_on_the_cpu() {
         assert!(want[14] < 0.8 * want[0], "{want:?}");
         for (got, want) in got.iter().zip(&want) {
             assert!((got - want).abs() <= tolerance * want, "{got} {want}");
+        }
+    }
+}
+
+/// A RetNet in every form: the whole, and token by token.
+#[test]
+fn a_retnet_is_the_cpus() {
+    let Some(device) = gpu() else { return };
+    for form in [Form::Parallel, Form::Chunkwise { chunk: 32 }, Form::Recurrent] {
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 3e-2)] {
+            let config = ModelConfig::retnet(64, 2, VOCABULARY);
+            let model = |device: &Device| {
+                let mut model = LanguageModel::init(&config, 1, dtype, device).unwrap();
+                assert!(model.set_form(form).unwrap());
+                model
+            };
+            let (cpu, cuda) = (model(&Device::Cpu), model(&device));
+            let ids = ids(&mut Random::new(2), 2, 70, &Device::Cpu);
+            let want = cpu.forward(&ids).unwrap();
+            let ids = ids.to_device(&device).unwrap();
+            let host = |x: &Tensor| x.to_device(&Device::Cpu).unwrap();
+            let what = format!("{form:?} {dtype:?}");
+            assert_close(&what, &host(&cuda.forward(&ids).unwrap()), &want, tolerance);
+            let mut state = cuda.init_state(2).unwrap();
+            let step = |t| cuda.forward_with_state(&ids.narrow(1, t, 1)?.contiguous()?, &mut state);
+            let steps: Vec<Tensor> = (0..70).map(step).collect::<Result<_, _>>().unwrap();
+            assert_close(&what, &host(&Tensor::cat(&steps, 1).unwrap()), &want, tolerance);
         }
     }
 }

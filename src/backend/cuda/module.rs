@@ -19,6 +19,11 @@ pub(crate) enum Module {
     Norm,
     DecodeProject,
     DecodeState,
+    RetentionBf16,
+    RetentionF16,
+    RetentionF32,
+    RetentionCarry,
+    RetentionStep,
 }
 
 macro_rules! embedded {
@@ -38,6 +43,11 @@ impl Module {
             Self::Norm => embedded!("norm"),
             Self::DecodeProject => embedded!("decode_project"),
             Self::DecodeState => embedded!("decode_state"),
+            Self::RetentionBf16 => embedded!("retention_bf16"),
+            Self::RetentionF16 => embedded!("retention_f16"),
+            Self::RetentionF32 => embedded!("retention_f32"),
+            Self::RetentionCarry => embedded!("retention_carry"),
+            Self::RetentionStep => embedded!("retention_step"),
         }
     }
 }

@@ -32,6 +32,8 @@
 
 mod composed;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod grad;
 mod plan;
 mod reference;
@@ -72,7 +74,8 @@ pub struct Retention<'a> {
 /// Retention; see the [module](self) for the formula.
 ///
 /// Returns the output `[B, T, H, V]` in the dtype of `q`, and the final state `[B, H, K, V]` (f32; f64 where `q` is f64).
-/// Computes in the dtype of the state. On devices other than the CPU in tensor operations, chunkwise whatever the form.
+/// On CUDA chunkwise whatever the form: up to 512 keys and values in kernels that multiply in the dtype of `q`, `k` and `v`
+/// and add in f32. Elsewhere in the dtype of the state; on devices other than the CPU in tensor operations, chunkwise.
 ///
 /// Differentiable in every tensor argument, a constant decay and the initial state included, and through both results.
 ///
@@ -80,6 +83,12 @@ pub struct Retention<'a> {
 /// Shapes that do not fit, a decay above 1 or NaN, a chunk of 0 tokens: naming the argument.
 pub fn retention(args: &Retention) -> Result<(Tensor, Tensor)> {
     let sizes = args.check()?;
+    #[cfg(feature = "cuda")]
+    if args.q.device().is_cuda()
+        && let Some(results) = cuda::on_cuda(args, sizes)?
+    {
+        return Ok(results);
+    }
     let accumulation = accumulation_dtype(args.q.dtype());
     let initial_state = args.initial_state.map(|state| state.to_dtype(accumulation)).transpose()?;
     let unified = Retention {

@@ -1,0 +1,163 @@
+//! Retention.
+
+use crate::agree::{agree, to};
+use crate::common::*;
+use crate::gpu;
+use crate::retention_case::*;
+use candle_core::{DType, Device, Tensor, Var};
+use subquadratic::ops::{Form, Segments};
+
+/// Products are of numbers of the dtype: scores and states are rounded once.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-10,
+        DType::F32 => 3e-5,
+        other => 4.0 * rounding(other),
+    }
+}
+
+/// Results and gradients on both devices.
+fn compare(device: &Device, case: &Case, t: &[Tensor], segments: Option<&Segments>) {
+    let dtype = t[0].dtype();
+    let what = format!("{case:?} {dtype:?} segments {} {NAMES:?}", segments.is_some());
+    let used = if case.state { 5 } else { 4 };
+    agree(&what, device, &t[..used], tolerance(dtype), |x| case.run(x, segments));
+}
+
+#[test]
+fn any_shape_flag_and_dtype() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(1);
+    for seed in 0..90 {
+        let heads = [[1, 1, 1], [2, 2, 2], [4, 2, 1], [1, 2, 4], [3, 3, 3]][random.int(0, 4)];
+        let widths = [1, 5, 16, 60, 64, 100, 128, 200, 256];
+        let mut flag = || random.int(0, 1) == 1;
+        let [per_token, state, packed] = [flag(), flag(), flag()];
+        let case = Case {
+            per_token,
+            resets: per_token && random.int(0, 1) == 1,
+            state,
+            heads,
+            keys: widths[random.int(0, 8)],
+            values: widths[random.int(0, 8)],
+            ..Case::new(random.int(1, 2), [1, 2, 31, 32, 33, 63, 64, 65, 130][random.int(0, 8)], 1, 1, 1)
+        };
+        let dtype = [DType::F32, DType::BF16, DType::F16][seed % 3];
+        let t = cast(&case.tensors(seed as u64), dtype);
+        let segments = random_segments(random, case.batch, case.length);
+        compare(&device, &case, &t, packed.then_some(&segments));
+    }
+}
+
+#[test]
+fn the_grid_of_the_peers() {
+    let Some(device) = gpu() else { return };
+    for (i, [batch, length, heads, keys, values]) in [
+        [1, 63, 1, 64, 64],
+        [2, 500, 3, 60, 60],
+        [2, 1000, 3, 100, 100],
+        [2, 1000, 3, 128, 256],
+        [1, 1024, 2, 256, 512],
+        [1, 300, 1, 512, 512],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for dtype in [DType::F16, DType::BF16, DType::F32] {
+            let case = Case { per_token: i % 2 == 0, ..Case::new(batch, length, heads, keys, values) };
+            compare(&device, &case, &cast(&case.tensors(i as u64), dtype), None);
+        }
+    }
+}
+
+#[test]
+fn time_cut_into_segments() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(2);
+    for (seed, length) in [1024, 1100, 2048, 4000, 2111, 1537].into_iter().enumerate() {
+        let case = Case { per_token: seed % 2 == 1, ..Case::new(1, length, 2, 64, 48) };
+        let dtype = [DType::F32, DType::BF16, DType::F16][seed % 3];
+        let mut t = case.tensors(seed as u64);
+        if seed % 2 == 0 {
+            // decays so slow that a segment remembers all of the one before
+            t[3] = (&t[3] * 0.01).unwrap();
+        }
+        let segments = random_segments(random, 1, length);
+        let (t, segments) = (cast(&t, dtype), (seed == 5).then_some(&segments));
+        compare(&device, &case, &t, segments);
+        let got = to(&case.run(&to(&t, &device), segments).unwrap(), &Device::Cpu);
+        for (got, want) in got.iter().zip(&oracle(&case, &widen(&t), segments)) {
+            assert_close(&format!("{case:?}"), got, want, tolerance(dtype));
+        }
+    }
+}
+
+#[test]
+fn any_cut_gives_the_same() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(3);
+    for (seed, length) in [2, 7, 33, 130, 700].into_iter().enumerate() {
+        let case = Case { per_token: seed % 2 == 0, ..Case::new(2, length, 2, 40, 24) };
+        let t = cast(&case.tensors(seed as u64), DType::F32);
+        let pieces = if length == 7 { vec![1; 7] } else { random.split(length, 2, 0) };
+        let pieces: Vec<_> = pieces.into_iter().zip(FORMS.into_iter().cycle()).collect();
+        let (outputs, cut) =
+            gradients(&t, |x| Ok(to(&case.in_pieces(&to(x, &device), &pieces)?, &Device::Cpu)));
+        let got: Vec<Tensor> = outputs.into_iter().chain(cut).collect();
+        for (k, (got, want)) in got.iter().zip(case.all(&t, None)).enumerate() {
+            assert_close(&format!("{case:?} {pieces:?} result {k}"), got, &want, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn slices_are_read_in_place_and_what_is_too_wide_falls_back() {
+    let Some(device) = gpu() else { return };
+    for (dtype, width) in
+        [(DType::F32, 12), (DType::BF16, 64), (DType::F16, 7), (DType::F64, 4), (DType::BF16, 520)]
+    {
+        let case = Case::new(2, 37, 2, width, width);
+        let t = cast(&case.tensors(7), dtype);
+        let wide = to(&[Tensor::cat(&t[..3], 3).unwrap()], &device).remove(0);
+        let mut sliced = to(&t, &device);
+        for (i, x) in sliced.iter_mut().take(3).enumerate() {
+            *x = wide.narrow(3, i * width, width).unwrap();
+        }
+        let want = case.run(&t, None).unwrap();
+        for (got, want) in case.run(&sliced, None).unwrap().iter().zip(&want) {
+            assert_close("slices", &got.to_device(&Device::Cpu).unwrap(), want, tolerance(dtype));
+        }
+    }
+}
+
+#[test]
+fn a_hundred_runs_give_the_same_bits() {
+    let Some(device) = gpu() else { return };
+    let case = Case { per_token: true, ..Case::new(2, 700, 2, 136, 72) };
+    let t = to(&cast(&case.tensors(2), DType::BF16), &device);
+    let run = || -> Vec<u64> {
+        let x: Vec<Tensor> = t.iter().map(|x| Var::from_tensor(x).unwrap().as_tensor().clone()).collect();
+        let outputs = case.run(&x, None).unwrap();
+        let sum = |y: &Tensor| y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap();
+        let store = (sum(&outputs[0]) + sum(&outputs[1])).unwrap().backward().unwrap();
+        let gradients: Vec<Tensor> = x.iter().map(|x| store.get(x).unwrap().clone()).collect();
+        to(&[outputs, gradients].concat(), &Device::Cpu).iter().flat_map(bits).collect()
+    };
+    let want = run();
+    for _ in 1..100 {
+        assert!(run() == want);
+    }
+}
+
+#[test]
+fn tensors_of_two_devices_are_refused() {
+    let Some(device) = gpu() else { return };
+    let case = Case { form: Form::Auto, ..Case::new(1, 5, 1, 8, 4) };
+    let t = cast(&case.tensors(1), DType::F32);
+    let mut mixed = to(&t, &device);
+    mixed[1] = t[1].clone();
+    let error = case.run(&mixed, None).unwrap_err().to_string();
+    assert!(error.contains("retention: k: device"), "{error}");
+    // and the device goes on
+    case.run(&to(&t, &device), None).unwrap();
+}
