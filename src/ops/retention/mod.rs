@@ -37,7 +37,6 @@ mod cuda;
 mod grad;
 mod plan;
 mod reference;
-mod spans;
 
 pub use reference::retention_reference;
 
@@ -99,19 +98,11 @@ pub fn retention(args: &Retention) -> Result<(Tensor, Tensor)> {
         initial_state: initial_state.as_ref(),
         ..*args
     };
-    let spans = plan::time_spans(args.form, &sizes, args.segments.is_none());
-    let (o, state) = match (args.q.device().is_cpu(), spans) {
-        (true, Some(spans)) if !forgets(unified.log_decay)? => spans::in_spans(&unified, sizes, spans)?,
-        (true, _) => grad::on_cpu(&unified, sizes, Isa::best())?,
-        (false, _) => composed::retention(&unified, sizes)?,
+    let (o, state) = match args.q.device().is_cpu() {
+        true => grad::on_cpu(&unified, sizes, Isa::best())?,
+        false => composed::retention(&unified, sizes)?,
     };
     Ok((o.to_dtype(args.q.dtype())?, state))
-}
-
-/// Whether some constant decay is zero.
-fn forgets(log_decay: &Tensor) -> Result<bool> {
-    let logs = log_decay.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    Ok(logs.contains(&f64::NEG_INFINITY))
 }
 
 /// The sizes of one call.

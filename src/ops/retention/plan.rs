@@ -7,9 +7,9 @@ use std::ops::Range;
 /// Up to so many tokens [`Form::Auto`] is recurrent.
 const FEW_TOKENS: usize = 4;
 
-/// How many spans time is cut into, and the least chunks of each.
-const TIME_SPANS: usize = 8;
-const LEAST_CHUNKS: usize = 4;
+/// How many stretches time is cut into, and the least pieces of each.
+const STRETCHES: usize = 8;
+const LEAST_PIECES: usize = 4;
 
 /// The kernels of a forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,14 +31,9 @@ pub(crate) fn path(form: Form, sizes: &Sizes) -> Path {
     }
 }
 
-/// Spans that time is cut into where there is a single head of a single row, with constant decays and nothing that cuts
-/// the sequence: how many, and their tokens.
-pub(crate) fn time_spans(form: Form, sizes: &Sizes, uncut: bool) -> Option<[usize; 2]> {
-    let Path::Chunks(chunk) = path(form, sizes) else { return None };
-    let alone = sizes.batch * sizes.heads == 1 && !sizes.per_token && uncut && form != Form::Parallel;
-    // whole chunks, several of them in a span
-    let length = sizes.length / TIME_SPANS / chunk.max(1) * chunk.max(1);
-    (alone && length >= LEAST_CHUNKS * chunk.max(1)).then_some([TIME_SPANS, length])
+/// How many stretches the time of a head is cut into, of so many pieces: several where it is alone.
+pub(crate) fn stretches(sizes: &Sizes, pieces: usize) -> usize {
+    if sizes.batch * sizes.heads == 1 && pieces >= STRETCHES * LEAST_PIECES { STRETCHES } else { 1 }
 }
 
 /// The chunk that costs least: a token takes `C (K + V)` operations within the chunk and `4 K V` through the state, which

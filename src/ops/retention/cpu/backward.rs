@@ -18,6 +18,7 @@ use super::Operands;
 use super::decay::Weights;
 use super::forward::{BLOCK, mask};
 use super::scratch::{Gradient, Scratch};
+use super::stretches::Stretch;
 use crate::backend::cpu::matrix::Matrix;
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::product::{Padded, Part, Product, dot};
@@ -76,17 +77,22 @@ impl<T: Real> Operands<'_, T> {
                 log_decay: decay.then(|| Outlet::fresh_or_zeroed(&mut log_decay, decays, self.padded)),
                 initial: Outlet::fresh(&mut initial, states),
             };
-            let tasks: Vec<_> = self.tasks().into_iter().enumerate().collect();
-            parallel::map(&tasks, self.work(), |&(index, task)| {
-                let swept;
-                let kept = match given.kept.get(index) {
-                    Some(kept) => kept,
-                    None => {
-                        swept = self.kept(task, chunk);
-                        &swept
-                    }
-                };
-                let back = Back { operands: self, task, chunk, kept, given, outlets: &outlets };
+            let stretches = self.stretches(chunk);
+            let after = self.after(&stretches, given);
+            let kept = match given.kept.is_empty() {
+                false => None,
+                true => {
+                    let tasks: Vec<_> = stretches.iter().zip(self.before(&stretches)).collect();
+                    Some(parallel::map(&tasks, self.work(), |(stretch, before)| {
+                        self.kept(stretch, before.as_deref())
+                    }))
+                }
+            };
+            let kept = kept.as_deref().unwrap_or(given.kept);
+            let tasks: Vec<_> = stretches.iter().zip(&after).zip(kept).collect();
+            parallel::map(&tasks, self.work(), |&((stretch, after), kept)| {
+                let after = after.as_deref().or_else(|| self.given_state(given, stretch.task));
+                let back = Back { operands: self, stretch, after, kept, given, outlets: &outlets };
                 T::dispatch_on(self.isa, back)
             });
         }
@@ -100,13 +106,83 @@ impl<T: Real> Operands<'_, T> {
         }
         Gradients { q, k, v, log_decay, initial }
     }
+
+    /// The given gradient of the last state of a head.
+    pub(super) fn given_state<'g>(&self, given: &Given<'g, T>, [row, head]: [usize; 2]) -> Option<&'g [T]> {
+        let size = self.state_size();
+        given.state.map(|state| &state[(row * self.sizes.heads + head) * size..][..size])
+    }
+
+    /// `scale do` of some tokens, zero where there is none.
+    #[inline(always)]
+    fn outputs<S: Simd<T>>(
+        &self,
+        s: S,
+        given: &Given<T>,
+        [row, head]: [usize; 2],
+        tokens: &Range<usize>,
+        to: &mut Padded<T>,
+    ) {
+        match &given.o {
+            Some(o) => {
+                let (data, stride) = o.from([row, tokens.start, head], 1);
+                let o = Matrix::new(data, [tokens.len(), self.sizes.values], [stride, 1]);
+                to.fill(s, o, |_| self.scale);
+            }
+            None => to.clear(),
+        }
+    }
 }
 
-/// Goes back through one head of one row.
+/// The gradient of the state before a stretch, where that of the state after it is zero.
+pub(super) fn back_through<T: Real>(operands: &Operands<T>, stretch: &Stretch, given: &Given<T>) -> Vec<T> {
+    T::dispatch_on(operands.isa, Through { operands, stretch, given })
+}
+
+struct Through<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    stretch: &'a Stretch,
+    given: &'a Given<'a, T>,
+}
+
+impl<T: Real> Kernel<T> for Through<'_, T> {
+    type Output = Vec<T>;
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, s: S) -> Vec<T> {
+        let Stretch { task, ref pieces, .. } = *self.stretch;
+        let p = self.operands;
+        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let mut weights = Weights::new(s, &p.decays, task[1], longest);
+        let mut gradient = Padded::zeros(p.sizes.keys, p.sizes.values);
+        let mut outputs = Padded::zeros(longest, p.sizes.values);
+        let mut early_q = Padded::zeros(longest, p.sizes.keys);
+        for piece in pieces.iter().rev() {
+            if piece.fresh {
+                gradient.clear();
+                continue;
+            }
+            weights.set(s, &p.decays, task, piece);
+            let [q, ..] = p.matrices(task, &piece.tokens);
+            early_q.fill(s, q, |i| weights.from_start[i]);
+            p.outputs(s, self.given, task, &piece.tokens, &mut outputs);
+            let (length, to) = (piece.tokens.len(), gradient.target());
+            let q = early_q.matrix(length).transposed();
+            let product = Product::new(q, outputs.right(0..length, p.sizes.values));
+            // SAFETY: the gradient is [K, V].
+            unsafe { product.plus(Some((to, weights.whole))).write(p.isa, to) };
+        }
+        let mut start = vec![];
+        gradient.append_to(&mut start);
+        start
+    }
+}
+
+/// Goes back through one stretch, from the gradient of the state after it.
 struct Back<'a, T: Real> {
     operands: &'a Operands<'a, T>,
-    task: [usize; 2],
-    chunk: usize,
+    stretch: &'a Stretch,
+    after: Option<&'a [T]>,
     kept: &'a [T],
     given: &'a Given<'a, T>,
     outlets: &'a Outlets<'a, T>,
@@ -117,13 +193,12 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        let (p, [row, head]) = (self.operands, self.task);
+        let Stretch { task, ref pieces, first, .. } = *self.stretch;
+        let (p, [row, head]) = (self.operands, task);
         let size = p.state_size();
-        let start = (row * p.sizes.heads + head) * size;
-        let pieces = p.pieces(self.task, self.chunk);
-        let spans = plan::spans(&pieces, &p.sizes);
+        let spans = plan::spans(pieces, &p.sizes);
         let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
-        let mut after = Gradient::new(s, p, self.given.state.map(|state| &state[start..start + size]));
+        let mut after = Gradient::new(s, p, self.after);
         let mut scratch = Scratch::new(longest, p.sizes.keys, p.sizes.values);
         let mut weights = Weights::new(s, &p.decays, head, longest);
         let mut kept = self.kept.chunks(size).rev();
@@ -131,26 +206,28 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
         let deepest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
         let mut states: Vec<_> = (0..deepest).map(|_| Padded::zeros(p.sizes.values, p.sizes.keys)).collect();
         for span in spans.into_iter().rev() {
-            let first = if pieces[span.start].fresh { None } else { kept.next() };
-            match first {
+            let before = if pieces[span.start].fresh { None } else { kept.next() };
+            match before {
                 Some(state) => states[0].fill_transposed(s, p.square(state)),
                 None => states[0].clear(),
             }
             for (i, piece) in pieces[span.start..span.end - 1].iter().enumerate() {
-                weights.set(s, &p.decays, self.task, piece);
-                scratch.pack(s, p, self.task, piece, &weights);
+                weights.set(s, &p.decays, task, piece);
+                scratch.pack(s, p, task, piece, &weights);
                 let (before, next) = states.split_at_mut(i + 1);
                 scratch.advance(p, piece, weights.whole, &mut before[i], &mut next[0]);
             }
             for (piece, state) in pieces[span].iter().zip(&states).rev() {
-                weights.set(s, &p.decays, self.task, piece);
-                scratch.pack(s, p, self.task, piece, &weights);
+                weights.set(s, &p.decays, task, piece);
+                scratch.pack(s, p, task, piece, &weights);
                 self.piece(s, &weights, piece, state, &mut after, &mut scratch);
             }
         }
-        let to = self.outlets.initial.at(start, size);
-        // SAFETY: at() checked the places, which are this task's own.
-        unsafe { after.rows.copy_to(to) };
+        if first {
+            let to = self.outlets.initial.at((row * p.sizes.heads + head) * size, size);
+            // SAFETY: at() checked the places, which are those of this head.
+            unsafe { after.rows.copy_to(to) };
+        }
     }
 }
 
@@ -169,13 +246,13 @@ impl<T: Real> Back<'_, T> {
     ) {
         let p = self.operands;
         let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
-        let [q, k, v] = p.matrices(self.task, &piece.tokens);
+        let [q, k, v] = p.matrices(self.stretch.task, &piece.tokens);
         let with_decay = self.outlets.log_decay.is_some();
         scratch.k.fill(s, k, |_| T::ONE);
         scratch.q.fill(s, q, |_| T::ONE);
         scratch.turned_k.fill_transposed(s, k);
         scratch.turned_v.fill_transposed(s, v);
-        self.outputs(s, &piece.tokens, &mut scratch.outputs);
+        p.outputs(s, self.given, self.stretch.task, &piece.tokens, &mut scratch.outputs);
         scratch.decay[..length].fill(T::ZERO);
         if with_decay && !piece.fresh {
             let through = weights.whole * dot(s, state.all(), gradient.turned.all());
@@ -259,24 +336,10 @@ impl<T: Real> Back<'_, T> {
         }
     }
 
-    /// `scale do` of some tokens, zero where there is none.
-    #[inline(always)]
-    fn outputs<S: Simd<T>>(&self, s: S, tokens: &Range<usize>, to: &mut Padded<T>) {
-        let (p, [row, head]) = (self.operands, self.task);
-        match &self.given.o {
-            Some(o) => {
-                let (data, stride) = o.from([row, tokens.start, head], 1);
-                let o = Matrix::new(data, [tokens.len(), p.sizes.values], [stride, 1]);
-                to.fill(s, o, |_| p.scale);
-            }
-            None => to.clear(),
-        }
-    }
-
     /// Copies the gradients of a piece to where they belong.
     #[inline(always)]
     fn write<S: Simd<T>>(&self, _: S, tokens: &Range<usize>, scratch: &Scratch<T>) {
-        let (p, [row, head]) = (self.operands, self.task);
+        let (p, [row, head]) = (self.operands, self.stretch.task);
         let sides =
             [(&self.outlets.q, &scratch.dq), (&self.outlets.k, &scratch.dk), (&self.outlets.v, &scratch.dv)];
         for (i, t) in tokens.clone().enumerate() {

@@ -5,6 +5,7 @@
 
 use super::Operands;
 use super::decay::Weights;
+use super::stretches::Stretch;
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::product::{Padded, Part, Product, Target, all_finite};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
@@ -20,7 +21,7 @@ pub(in super::super) struct Retained<T> {
     pub(in super::super) o: Vec<T>,
     /// `[B, H, K, V]`
     pub(in super::super) state: Vec<T>,
-    /// Of every row and head the states at the start of its spans, but for zeros; empty where none were asked for.
+    /// Of every stretch the states at the start of its spans, but for zeros; empty where none were asked for.
     pub(in super::super) kept: Vec<Vec<T>>,
 }
 
@@ -31,14 +32,24 @@ impl<T: Real> Operands<'_, T> {
         let outputs = sizes.batch * sizes.length * sizes.heads * sizes.values;
         let states = sizes.batch * sizes.heads * self.state_size();
         let (mut o, mut state) = (Vec::new(), Vec::new());
+        let stretches = self.stretches(chunk);
+        let before = self.before(&stretches);
         let kept = {
             let o = Outlet::fresh_or_zeroed(&mut o, outputs, self.padded);
             let state = Outlet::fresh(&mut state, states);
-            parallel::map(&self.tasks(), self.work(), |&task| {
-                T::dispatch_on(
-                    self.isa,
-                    Walk { operands: self, task, chunk, o: Some(&o), state: Some(&state), keep },
-                )
+            let tasks: Vec<_> = stretches.iter().zip(&before).collect();
+            parallel::map(&tasks, self.work(), |(stretch, before)| {
+                let before = before.as_deref().or_else(|| self.initial(stretch.task));
+                let walk = Walk { before, o: Some(&o), keep, ..Walk::new(self, stretch) };
+                let (kept, end) = T::dispatch_on(self.isa, walk);
+                if stretch.last {
+                    let size = self.state_size();
+                    let [row, head] = stretch.task;
+                    let to = state.at((row * sizes.heads + head) * size, size);
+                    // SAFETY: at() checked the places, which are those of this head.
+                    unsafe { end.copy_to(to) };
+                }
+                kept
             })
         };
         // SAFETY: padding was zeroed; every head of every row wrote all of its own.
@@ -49,45 +60,56 @@ impl<T: Real> Operands<'_, T> {
         Retained { o, state, kept: if keep { kept } else { vec![] } }
     }
 
-    /// The states before the spans of one head, as a forward pass in pieces of at most `chunk` tokens keeps them.
-    pub(super) fn kept(&self, task: [usize; 2], chunk: usize) -> Vec<T> {
-        T::dispatch_on(self.isa, Walk { operands: self, task, chunk, o: None, state: None, keep: true })
+    /// The states before the spans of a stretch, as a forward pass keeps them, from that before the stretch.
+    pub(super) fn kept(&self, stretch: &Stretch, before: Option<&[T]>) -> Vec<T> {
+        let before = before.or_else(|| self.initial(stretch.task));
+        T::dispatch_on(self.isa, Walk { before, keep: true, ..Walk::new(self, stretch) }).0
     }
 }
 
-/// Walks the pieces of one head of one row; returns the kept states.
+/// The state after a stretch that begins with none.
+pub(super) fn end_of<T: Real>(operands: &Operands<T>, stretch: &Stretch) -> Vec<T> {
+    let mut end = vec![];
+    T::dispatch_on(operands.isa, Walk::new(operands, stretch)).1.append_to(&mut end);
+    end
+}
+
+/// Walks the pieces of a stretch; returns the kept states and the last one.
 struct Walk<'a, T: Real> {
     operands: &'a Operands<'a, T>,
-    task: [usize; 2],
-    chunk: usize,
+    stretch: &'a Stretch,
+    before: Option<&'a [T]>,
     o: Option<&'a Outlet<'a, T>>,
-    state: Option<&'a Outlet<'a, T>>,
     keep: bool,
 }
 
+impl<'a, T: Real> Walk<'a, T> {
+    /// From an empty state, for the last one alone.
+    fn new(operands: &'a Operands<'a, T>, stretch: &'a Stretch) -> Self {
+        Self { operands, stretch, before: None, o: None, keep: false }
+    }
+}
+
 impl<T: Real> Kernel<T> for Walk<'_, T> {
-    type Output = Vec<T>;
+    type Output = (Vec<T>, Padded<T>);
 
     #[inline(always)]
-    fn run<S: Simd<T>>(self, s: S) -> Vec<T> {
-        let (p, [row, head]) = (self.operands, self.task);
-        let Walk { task, chunk, .. } = self;
-        let size = p.state_size();
-        let pieces = p.pieces(task, chunk);
+    fn run<S: Simd<T>>(self, s: S) -> Self::Output {
+        let Stretch { task, ref pieces, .. } = *self.stretch;
+        let (p, [row, head]) = (self.operands, task);
         let mut state = Padded::zeros(p.sizes.keys, p.sizes.values);
-        if let Some(initial) = p.initial(task) {
-            state.fill(s, p.square(initial), |_| T::ONE);
+        if let Some(before) = self.before {
+            state.fill(s, p.square(before), |_| T::ONE);
         }
-        let mut walker = Walker::new(s, p, task, &pieces);
+        let mut walker = Walker::new(s, p, task, pieces);
         let mut kept = vec![];
-        let spans = if self.keep { plan::spans(&pieces, &p.sizes) } else { vec![] };
+        let spans = if self.keep { plan::spans(pieces, &p.sizes) } else { vec![] };
         let mut starts = spans.iter().map(|span| span.start).peekable();
         for (i, piece) in pieces.iter().enumerate() {
             if starts.next_if_eq(&i).is_some() && !piece.fresh {
                 state.append_to(&mut kept);
             }
             walker.turn_to(piece);
-            walker.pack(piece);
             if let Some(o) = self.o {
                 let offset =
                     ((row * p.sizes.length + piece.tokens.start) * p.sizes.heads + head) * p.sizes.values;
@@ -96,25 +118,18 @@ impl<T: Real> Kernel<T> for Walk<'_, T> {
                 // SAFETY: at() checked the places; those of this head are this task's own.
                 unsafe { walker.outputs(piece, &state, Target { start: to, stride }) };
             }
-            if self.o.is_some() || self.keep && i + 1 < pieces.len() {
-                walker.advance(piece, &mut state);
-            }
+            walker.advance(piece, &mut state);
         }
-        if let Some(to) = self.state {
-            let to = to.at((row * p.sizes.heads + head) * size, size);
-            // SAFETY: at() checked the places, which are this task's own.
-            unsafe { state.copy_to(to) };
-        }
-        kept
+        (kept, state)
     }
 }
 
 /// One head of one row and what its pieces need for a while.
-pub(super) struct Walker<'a, T: Real, S: Simd<T>> {
+struct Walker<'a, T: Real, S: Simd<T>> {
     s: S,
     operands: &'a Operands<'a, T>,
     task: [usize; 2],
-    pub(super) weights: Weights<T>,
+    weights: Weights<T>,
     /// Keys by tokens.
     turned_keys: Padded<T>,
     /// Values of the piece, and its keys weighted by what is left of them at its end.
@@ -129,7 +144,7 @@ pub(super) struct Walker<'a, T: Real, S: Simd<T>> {
 
 impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
     #[inline(always)]
-    pub(super) fn new(s: S, operands: &'a Operands<'a, T>, task: [usize; 2], pieces: &[Piece]) -> Self {
+    fn new(s: S, operands: &'a Operands<'a, T>, task: [usize; 2], pieces: &[Piece]) -> Self {
         let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
         let (block, keys, values) = (longest.min(BLOCK), operands.sizes.keys, operands.sizes.values);
         Self {
@@ -147,14 +162,10 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
         }
     }
 
+    /// Turns to a piece: copies its keys and values.
     #[inline(always)]
-    pub(super) fn turn_to(&mut self, piece: &Piece) {
+    fn turn_to(&mut self, piece: &Piece) {
         self.weights.set(self.s, &self.operands.decays, self.task, piece);
-    }
-
-    /// Copies keys and values of the current piece.
-    #[inline(always)]
-    fn pack(&mut self, piece: &Piece) {
         let [_, k, v] = self.operands.matrices(self.task, &piece.tokens);
         let to_end = &self.weights.to_end;
         self.keys.fill(self.s, k, |i| to_end[i]);

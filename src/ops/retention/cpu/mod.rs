@@ -1,13 +1,15 @@
 //! The CPU path: a head of a row is one piece of work, walked chunk by chunk with its state in the second cache.
 //!
 //! [`Operands`] are the arguments, read where they lie. [`forward`] walks chunks, [`backward`] goes back through them,
-//! [`step`] is the recurrent form. What a chunk needs of the decays is in [`decay`].
+//! [`step`] is the recurrent form. Time is cut
+//! into [`stretches`] where there is one head alone. What a chunk needs of the decays is in [`decay`].
 
 pub(super) mod backward;
 pub(super) mod decay;
 pub(super) mod forward;
 mod scratch;
 pub(super) mod step;
+mod stretches;
 
 use self::decay::Decays;
 use super::plan::{self, Piece};

@@ -1,0 +1,137 @@
+//! A single head of a single row: its time cut into stretches that several threads take.
+//!
+//! What a stretch does to the state before it is known without that state: it multiplies it by all its decays and adds
+//! what its own tokens leave, `S[p+1] = total[p] S[p] + end[p]`. So every stretch is walked from an empty state first, for
+//! its end alone; the states before the stretches follow one from another; then each is walked from its own. Gradients of
+//! states go the same way back. The price is the first walk: about a third of the work again forward, less backward.
+//!
+//! The cuts depend on the shape of a call alone, so that results do not depend on the number of threads.
+
+use super::backward::{Given, back_through};
+use super::decay::Weights;
+use super::forward::end_of;
+use super::{Operands, Piece};
+use crate::backend::cpu::parallel;
+use crate::backend::cpu::simd::{Kernel, Real, Simd};
+use crate::ops::retention::plan;
+
+/// Pieces of one head of one row that are walked one after another.
+pub(super) struct Stretch {
+    /// Row and head.
+    pub(super) task: [usize; 2],
+    pub(super) pieces: Vec<Piece>,
+    /// Whether the head begins or ends with it.
+    pub(super) first: bool,
+    pub(super) last: bool,
+}
+
+impl<T: Real> Operands<'_, T> {
+    /// All of a call's, in order.
+    pub(super) fn stretches(&self, chunk: usize) -> Vec<Stretch> {
+        let mut all = vec![];
+        for task in self.tasks() {
+            let pieces = self.pieces(task, chunk);
+            let count = plan::stretches(&self.sizes, pieces.len());
+            let cuts: Vec<_> = (0..=count).map(|i| i * pieces.len() / count).collect();
+            all.extend(cuts.windows(2).map(|cut| Stretch {
+                task,
+                pieces: pieces[cut[0]..cut[1]].to_vec(),
+                first: cut[0] == 0,
+                last: cut[1] == pieces.len(),
+            }));
+        }
+        all
+    }
+
+    /// The states before stretches, but for those that begin a head.
+    pub(super) fn before(&self, stretches: &[Stretch]) -> Vec<Option<Vec<T>>> {
+        let ends = self.walk_alone(stretches, |stretch| !stretch.last, |s| end_of(self, s));
+        let mut before: Vec<Option<Vec<T>>> = vec![];
+        for (i, stretch) in stretches.iter().enumerate() {
+            before.push(match i.checked_sub(1).filter(|_| !stretch.first) {
+                None => None,
+                Some(i) => {
+                    let start = match &before[i] {
+                        Some(state) => Some(state.as_slice()),
+                        None => self.initial(stretch.task),
+                    };
+                    self.through(&stretches[i], start, ends[i].clone())
+                }
+            });
+        }
+        before
+    }
+
+    /// The gradients of the states after stretches, but for those that end a head.
+    pub(super) fn after(&self, stretches: &[Stretch], given: &Given<T>) -> Vec<Option<Vec<T>>> {
+        let starts = self.walk_alone(stretches, |stretch| !stretch.first, |s| back_through(self, s, given));
+        let mut after: Vec<Option<Vec<T>>> = vec![];
+        for (i, stretch) in stretches.iter().enumerate().rev() {
+            let next = stretches.get(i + 1).filter(|_| !stretch.last);
+            let gradient = next.and_then(|next| {
+                let end = match after.last() {
+                    Some(Some(gradient)) => Some(gradient.as_slice()),
+                    _ => self.given_state(given, stretch.task),
+                };
+                self.through(next, end, starts[i + 1].clone())
+            });
+            after.push(gradient);
+        }
+        after.reverse();
+        after
+    }
+
+    /// What is found for the stretches that are wanted.
+    fn walk_alone(
+        &self,
+        stretches: &[Stretch],
+        wanted: impl Fn(&Stretch) -> bool + Sync,
+        walk: impl Fn(&Stretch) -> Vec<T> + Sync + Send,
+    ) -> Vec<Option<Vec<T>>> {
+        let alone = |stretch: &Stretch| stretch.first && stretch.last;
+        if stretches.iter().all(alone) {
+            return stretches.iter().map(|_| None).collect();
+        }
+        parallel::map(stretches, self.work(), |stretch| {
+            (wanted(stretch) && !alone(stretch)).then(|| walk(stretch))
+        })
+    }
+
+    /// `total state + added`, for the decays of a stretch.
+    fn through(&self, stretch: &Stretch, state: Option<&[T]>, added: Option<Vec<T>>) -> Option<Vec<T>> {
+        let mut sum = added?;
+        // nothing gets through a fresh piece
+        if let Some(state) = state
+            && !stretch.pieces.iter().any(|piece| piece.fresh)
+        {
+            let total = T::dispatch_on(self.isa, Total { operands: self, stretch });
+            for (sum, state) in sum.iter_mut().zip(state) {
+                *sum += total * *state;
+            }
+        }
+        Some(sum)
+    }
+}
+
+/// The product of all decays of a stretch.
+struct Total<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    stretch: &'a Stretch,
+}
+
+impl<T: Real> Kernel<T> for Total<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, s: S) -> T {
+        let Self { operands, stretch } = self;
+        let longest = stretch.pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let mut weights = Weights::new(s, &operands.decays, stretch.task[1], longest);
+        let mut total = 1.0;
+        for piece in &stretch.pieces {
+            weights.set(s, &operands.decays, stretch.task, piece);
+            total *= weights.whole.to_f64();
+        }
+        T::from_f64(total)
+    }
+}
