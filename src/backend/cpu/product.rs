@@ -2,157 +2,52 @@
 //!
 //! A tile of the result, 8 rows of two registers, stays in registers while the inner dimension runs: 16 multiply-adds for
 //! 10 loads, which keeps both units of a core busy without packing anything. The left operand is read number by number
-//! with any strides; the right one by registers, and so is [`Padded`]. A triangle in either place costs its own area
+//! with any strides; the right one by registers, and so is [`super::padded::Padded`]. A triangle in either place costs its own area
 //! alone, to the grain of a tile.
 
 use super::matrix::Matrix;
-use super::simd::{Isa, Kernel, MAX_LANES, Real, Simd};
-use super::view::{lanes, load, put};
+use super::padded::{Right, Target};
+use super::simd::{Isa, Kernel, Real, Simd};
+use super::view::{lanes, load};
 use std::ops::Range;
 
 /// Inner products are added up so many terms at a time: that much of two registers of columns lies in the first cache.
 const DEPTH: usize = 256;
 
-/// Rows of a buffer of the thread, zero behind their columns up to a whole register. An odd number of cache lines lies
-/// between two of them, so that those of one column do not contend for one set of the cache.
-pub(crate) struct Padded<T> {
-    values: Vec<T>,
-    rows: usize,
-    columns: usize,
-    stride: usize,
-}
+/// Rows [`Ahead`] that are asked for at every tile.
+const ROWS_A_TILE: usize = 2;
 
-impl<T: Real> Padded<T> {
-    /// All zero.
-    pub(crate) fn zeros(rows: usize, columns: usize) -> Self {
-        let line = 64 / size_of::<T>();
-        let lines = columns.next_multiple_of(MAX_LANES) / line;
-        let stride = (lines + 1 - lines % 2) * line;
-        Self { values: vec![T::ZERO; rows * stride], rows, columns, stride }
-    }
-
-    /// The first `rows` rows.
-    pub(crate) fn matrix(&self, rows: usize) -> Matrix<'_, T> {
-        Matrix::new(&self.values, [rows, self.columns], [self.stride, 1])
-    }
-
-    /// All rows.
-    pub(crate) fn whole(&self) -> Matrix<'_, T> {
-        self.matrix(self.rows)
-    }
-
-    /// Some rows and the first `columns` columns as right operand of a product.
-    pub(crate) fn right(&self, rows: Range<usize>, columns: usize) -> Right<'_, T> {
-        assert!(rows.end <= self.rows && columns <= self.columns);
-        let values = &self.values[rows.start * self.stride..];
-        Right { values, rows: rows.len(), columns, stride: self.stride }
-    }
-
-    /// Where to write.
-    pub(crate) fn target(&mut self) -> Target<T> {
-        Target { start: self.values.as_mut_ptr(), stride: self.stride }
-    }
-
-    /// One row.
-    #[inline(always)]
-    pub(crate) fn row(&self, i: usize) -> &[T] {
-        &self.values[i * self.stride..][..self.columns]
-    }
-
-    /// One row.
-    #[inline(always)]
-    pub(crate) fn row_mut(&mut self, i: usize) -> &mut [T] {
-        &mut self.values[i * self.stride..][..self.columns]
-    }
-
-    /// All numbers, with the zeros between the rows.
-    pub(crate) fn all(&self) -> &[T] {
-        &self.values
-    }
-
-    /// Zeros everywhere.
-    pub(crate) fn clear(&mut self) {
-        self.values.fill(T::ZERO);
-    }
-
-    /// All rows, one behind the other, to the end of `to`.
-    pub(crate) fn append_to(&self, to: &mut Vec<T>) {
-        (0..self.rows).for_each(|i| to.extend_from_slice(self.row(i)));
-    }
-
-    /// All rows, one behind the other, to `to`.
-    ///
-    /// # Safety
-    /// There is place for them that nobody else touches.
-    pub(crate) unsafe fn copy_to(&self, to: *mut T) {
-        for i in 0..self.rows {
-            let from = self.row(i);
-            // SAFETY: the caller's promise.
-            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.add(i * self.columns), self.columns) };
-        }
-    }
-
-    /// `weight(i) a[i]` in row `i`.
-    #[inline(always)]
-    pub(crate) fn fill<S: Simd<T>>(&mut self, s: S, a: Matrix<T>, weight: impl Fn(usize) -> T) {
-        assert!(a.dims[0] <= self.rows && a.dims[1] == self.columns);
-        for i in 0..a.dims[0] {
-            let (from, weight, to) = (a.row(i), s.splat(weight(i)), self.row_mut(i));
-            for (c, n) in lanes(s, 0..from.len()) {
-                put(s, to, c, n, s.mul(weight, load(s, from, c, n)));
-            }
-        }
-    }
-
-    /// The rows of `a` in the first columns.
-    #[inline(always)]
-    pub(crate) fn fill_transposed<S: Simd<T>>(&mut self, s: S, a: Matrix<T>) {
-        let [m, n] = a.dims;
-        assert!(n <= self.rows && m <= self.columns && (a.strides[1] == 1 || n <= 1));
-        let square = S::LANES;
-        let (whole, to) = ([m - m % square, n - n % square], self.target());
-        // SAFETY: squares within both matrices.
-        unsafe {
-            for i in (0..whole[0]).step_by(square) {
-                for j in (0..whole[1]).step_by(square) {
-                    let from = a.as_ptr().add(i * a.strides[0] + j);
-                    s.transpose(from, a.strides[0], to.start.add(j * to.stride + i), to.stride);
-                }
-            }
-        }
-        for i in 0..m {
-            let first = if i < whole[0] { whole[1] } else { 0 };
-            for j in first..n {
-                self.values[j * self.stride + i] = *a.at(i, j);
-            }
-        }
-    }
-}
-
-/// The right operand of a product.
+/// Rows that will be wanted soon, to be asked for while a product is computed: nothing else hides how far away they are.
 #[derive(Clone, Copy)]
-pub(crate) struct Right<'a, T> {
-    values: &'a [T],
-    rows: usize,
-    columns: usize,
+pub(crate) struct Ahead<T> {
+    start: *const T,
     stride: usize,
+    rows: usize,
+    lines: usize,
 }
 
-/// A matrix to write: `[i, j]` lies `stride i + j` from the start.
-#[derive(Clone, Copy)]
-pub(crate) struct Target<T> {
-    pub(crate) start: *mut T,
-    pub(crate) stride: usize,
-}
+impl<T> Ahead<T> {
+    /// None.
+    pub(crate) const NONE: Self = Self { start: std::ptr::null(), stride: 0, rows: 0, lines: 0 };
 
-impl<T> Target<T> {
-    /// From row `row` on.
-    ///
-    /// # Safety
-    /// There is such a row.
-    pub(crate) unsafe fn from(self, row: usize) -> Self {
-        // SAFETY: the caller's promise.
-        Self { start: unsafe { self.start.add(row * self.stride) }, ..self }
+    /// The rows of a matrix.
+    pub(crate) fn rows(a: Matrix<T>) -> Self {
+        let lines = (a.dims[1] * size_of::<T>()).div_ceil(64);
+        Self { start: a.as_ptr(), stride: a.strides[0], rows: a.dims[0], lines }
+    }
+
+    /// Asks for some of them, as the tile of number `tile` begins.
+    #[inline(always)]
+    fn ask<S: Simd<T>>(&self, s: S, tile: usize)
+    where
+        T: Real,
+    {
+        let first = (tile * ROWS_A_TILE).min(self.rows);
+        for row in first..(first + ROWS_A_TILE).min(self.rows) {
+            for line in 0..self.lines {
+                s.prefetch(self.start.wrapping_add(row * self.stride + line * (64 / size_of::<T>())));
+            }
+        }
     }
 }
 
@@ -178,13 +73,15 @@ pub(crate) struct Product<'a, T> {
     pub(crate) plus: Option<(Target<T>, T)>,
     /// Whether rows are taken one by one, so that no zero of a triangle meets a number: where one may not be finite.
     pub(crate) single: bool,
+    /// To be asked for on the way.
+    pub(crate) ahead: [Ahead<T>; 2],
 }
 
 impl<'a, T: Real> Product<'a, T> {
     /// `a b`
     pub(crate) fn new(a: Matrix<'a, T>, b: Right<'a, T>) -> Self {
         assert_eq!(a.dims[1], b.rows, "the inner dimensions of a product");
-        Self { a, b, part: Part::Whole, weights: None, plus: None, single: false }
+        Self { a, b, part: Part::Whole, weights: None, plus: None, single: false, ahead: [Ahead::NONE; 2] }
     }
 
     pub(crate) fn part(self, part: Part) -> Self {
@@ -204,19 +101,25 @@ impl<'a, T: Real> Product<'a, T> {
         Self { single, ..self }
     }
 
+    pub(crate) fn ahead(self, ahead: [Ahead<T>; 2]) -> Self {
+        Self { ahead, ..self }
+    }
+
     /// Computes it.
     ///
     /// # Safety
     /// `to` has a place for every element, which nobody else touches; what is added has one too, filled. These may be the
     /// same places.
     pub(crate) unsafe fn write(self, isa: Isa, to: Target<T>) {
-        T::dispatch_on(isa, Run { product: self, to });
+        T::dispatch_on(isa, Run { product: self, to, tiles: 0 });
     }
 }
 
 struct Run<'a, T> {
     product: Product<'a, T>,
     to: Target<T>,
+    /// Begun so far.
+    tiles: usize,
 }
 
 impl<T: Real> Kernel<T> for Run<'_, T> {
@@ -249,7 +152,7 @@ impl<T: Real> Kernel<T> for Run<'_, T> {
 impl<T: Real> Run<'_, T> {
     /// `N` registers of columns.
     #[inline(always)]
-    fn panel<S: Simd<T>, const N: usize>(&self, s: S, depth: &Range<usize>, column: usize) {
+    fn panel<S: Simd<T>, const N: usize>(&mut self, s: S, depth: &Range<usize>, column: usize) {
         // 32 registers hold 8 rows, 16 hold 4
         let wide = S::LANES * size_of::<T>() == 64;
         let rows = self.product.a.dims[0];
@@ -258,6 +161,10 @@ impl<T: Real> Run<'_, T> {
             _ => 0,
         };
         while row < rows {
+            for ahead in &self.product.ahead {
+                ahead.ask(s, self.tiles);
+            }
+            self.tiles += 1;
             let left = if self.product.single { 1 } else { rows - row };
             row += if wide && left >= 8 {
                 self.tile::<S, 8, N>(s, depth, row, column)

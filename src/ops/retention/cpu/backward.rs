@@ -20,8 +20,9 @@ use super::forward::{BLOCK, mask};
 use super::scratch::{Gradient, Scratch};
 use super::stretches::Stretch;
 use crate::backend::cpu::matrix::Matrix;
+use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::parallel;
-use crate::backend::cpu::product::{Padded, Part, Product, dot};
+use crate::backend::cpu::product::{Ahead, Part, Product, dot};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, Rows};
 use crate::ops::retention::plan::{self, Piece};
@@ -113,68 +114,38 @@ impl<T: Real> Operands<'_, T> {
         given.state.map(|state| &state[(row * self.sizes.heads + head) * size..][..size])
     }
 
+    /// `do` of some tokens of a head, if there is any.
+    fn given_outputs<'g>(
+        &self,
+        given: &Given<'g, T>,
+        [row, head]: [usize; 2],
+        tokens: &Range<usize>,
+    ) -> Option<Matrix<'g, T>> {
+        given.o.as_ref().map(|o| {
+            let (data, stride) = o.from([row, tokens.start, head], 1);
+            Matrix::new(data, [tokens.len(), self.sizes.values], [stride, 1])
+        })
+    }
+
+    /// That of the piece that comes next, if one does, to be asked for.
+    fn ahead_outputs(&self, given: &Given<T>, task: [usize; 2], next: Option<&Piece>) -> Ahead<T> {
+        next.and_then(|next| self.given_outputs(given, task, &next.tokens)).map_or(Ahead::NONE, Ahead::rows)
+    }
+
     /// `scale do` of some tokens, zero where there is none.
     #[inline(always)]
-    fn outputs<S: Simd<T>>(
+    pub(super) fn outputs<S: Simd<T>>(
         &self,
         s: S,
         given: &Given<T>,
-        [row, head]: [usize; 2],
+        task: [usize; 2],
         tokens: &Range<usize>,
         to: &mut Padded<T>,
     ) {
-        match &given.o {
-            Some(o) => {
-                let (data, stride) = o.from([row, tokens.start, head], 1);
-                let o = Matrix::new(data, [tokens.len(), self.sizes.values], [stride, 1]);
-                to.fill(s, o, |_| self.scale);
-            }
+        match self.given_outputs(given, task, tokens) {
+            Some(o) => to.fill(s, o, |_| self.scale),
             None => to.clear(),
         }
-    }
-}
-
-/// The gradient of the state before a stretch, where that of the state after it is zero.
-pub(super) fn back_through<T: Real>(operands: &Operands<T>, stretch: &Stretch, given: &Given<T>) -> Vec<T> {
-    T::dispatch_on(operands.isa, Through { operands, stretch, given })
-}
-
-struct Through<'a, T: Real> {
-    operands: &'a Operands<'a, T>,
-    stretch: &'a Stretch,
-    given: &'a Given<'a, T>,
-}
-
-impl<T: Real> Kernel<T> for Through<'_, T> {
-    type Output = Vec<T>;
-
-    #[inline(always)]
-    fn run<S: Simd<T>>(self, s: S) -> Vec<T> {
-        let Stretch { task, ref pieces, .. } = *self.stretch;
-        let p = self.operands;
-        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
-        let mut weights = Weights::new(s, &p.decays, task[1], longest);
-        let mut gradient = Padded::zeros(p.sizes.keys, p.sizes.values);
-        let mut outputs = Padded::zeros(longest, p.sizes.values);
-        let mut early_q = Padded::zeros(longest, p.sizes.keys);
-        for piece in pieces.iter().rev() {
-            if piece.fresh {
-                gradient.clear();
-                continue;
-            }
-            weights.set(s, &p.decays, task, piece);
-            let [q, ..] = p.matrices(task, &piece.tokens);
-            early_q.fill(s, q, |i| weights.from_start[i]);
-            p.outputs(s, self.given, task, &piece.tokens, &mut outputs);
-            let (length, to) = (piece.tokens.len(), gradient.target());
-            let q = early_q.matrix(length).transposed();
-            let product = Product::new(q, outputs.right(0..length, p.sizes.values));
-            // SAFETY: the gradient is [K, V].
-            unsafe { product.plus(Some((to, weights.whole))).write(p.isa, to) };
-        }
-        let mut start = vec![];
-        gradient.append_to(&mut start);
-        start
     }
 }
 
@@ -217,9 +188,11 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
                 let (before, next) = states.split_at_mut(i + 1);
                 scratch.advance(p, piece, weights.whole, &mut before[i], &mut next[0]);
             }
-            for (piece, state) in pieces[span].iter().zip(&states).rev() {
+            for (i, state) in span.clone().zip(&states).rev() {
+                let piece = &pieces[i];
                 weights.set(s, &p.decays, task, piece);
                 scratch.pack(s, p, task, piece, &weights);
+                scratch.next = i.checked_sub(1).map(|i| pieces[i].clone());
                 self.piece(s, &weights, piece, state, &mut after, &mut scratch);
             }
         }
@@ -258,13 +231,15 @@ impl<T: Real> Back<'_, T> {
             let through = weights.whole * dot(s, state.all(), gradient.turned.all());
             scratch.decay[..length].fill(through);
         }
+        let [next_q, next_k, next_v] = p.ahead(self.stretch.task, scratch.next.as_ref());
+        let next_o = p.ahead_outputs(self.given, self.stretch.task, scratch.next.as_ref());
         // SAFETY: the targets hold L rows of K, L rows of V and K rows of V.
         unsafe {
             // to the state after
             let from_v = Product::new(scratch.v.matrix(length), gradient.turned.right(0..values, keys));
-            from_v.weights(&weights.to_end).write(p.isa, scratch.dk.target());
+            from_v.weights(&weights.to_end).ahead([next_q, next_k]).write(p.isa, scratch.dk.target());
             let from_k = Product::new(scratch.k.matrix(length), gradient.rows.right(0..keys, values));
-            from_k.weights(&weights.to_end).write(p.isa, scratch.dv.target());
+            from_k.weights(&weights.to_end).ahead([next_v, next_o]).write(p.isa, scratch.dv.target());
             if piece.fresh {
                 scratch.dq.clear();
                 gradient.rows.clear();

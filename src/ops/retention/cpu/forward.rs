@@ -6,8 +6,9 @@
 use super::Operands;
 use super::decay::Weights;
 use super::stretches::Stretch;
+use crate::backend::cpu::padded::{Padded, Target};
 use crate::backend::cpu::parallel;
-use crate::backend::cpu::product::{Padded, Part, Product, Target, all_finite};
+use crate::backend::cpu::product::{Ahead, Part, Product, all_finite};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, lanes, load, put};
 use crate::ops::retention::plan::{self, Piece};
@@ -109,7 +110,7 @@ impl<T: Real> Kernel<T> for Walk<'_, T> {
             if starts.next_if_eq(&i).is_some() && !piece.fresh {
                 state.append_to(&mut kept);
             }
-            walker.turn_to(piece);
+            walker.turn_to(piece, pieces.get(i + 1));
             if let Some(o) = self.o {
                 let offset =
                     ((row * p.sizes.length + piece.tokens.start) * p.sizes.heads + head) * p.sizes.values;
@@ -140,6 +141,8 @@ struct Walker<'a, T: Real, S: Simd<T>> {
     outputs: Padded<T>,
     scores: Padded<T>,
     decays: Vec<T>,
+    /// Queries, keys and values of the next piece.
+    ahead: [Ahead<T>; 3],
 }
 
 impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
@@ -159,12 +162,14 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
             outputs: Padded::zeros(block, values),
             scores: Padded::zeros(block, longest),
             decays: vec![T::ZERO; longest],
+            ahead: [Ahead::NONE; 3],
         }
     }
 
-    /// Turns to a piece: copies its keys and values.
+    /// Turns to a piece: copies its keys and values. Those of the next are asked for with the coming products.
     #[inline(always)]
-    fn turn_to(&mut self, piece: &Piece) {
+    fn turn_to(&mut self, piece: &Piece, next: Option<&Piece>) {
+        self.ahead = self.operands.ahead(self.task, next);
         self.weights.set(self.s, &self.operands.decays, self.task, piece);
         let [_, k, v] = self.operands.matrices(self.task, &piece.tokens);
         let to_end = &self.weights.to_end;
@@ -204,7 +209,9 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
                 }
                 let scores = self.scores.matrix(rows).part([0, 0], [rows, end]);
                 let product = Product::new(scores, self.values.right(0..end, values));
-                let product = product.part(Part::LowerLeft(start)).single(single);
+                let [q, k, v] = std::mem::replace(&mut self.ahead, [Ahead::NONE; 3]);
+                self.ahead[2] = v;
+                let product = product.part(Part::LowerLeft(start)).single(single).ahead([q, k]);
                 let plus = (!piece.fresh).then_some((outputs, T::ONE));
                 product.plus(plus).write(p.isa, to.from(start));
             }
@@ -218,8 +225,9 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
         let k = self.keys.matrix(length).transposed();
         let product = Product::new(k, self.values.right(0..length, self.operands.sizes.values));
         let plus = (!piece.fresh).then_some((to, self.weights.whole));
+        let product = product.plus(plus).ahead([self.ahead[2], Ahead::NONE]);
         // SAFETY: the state is [K, V].
-        unsafe { product.plus(plus).write(self.operands.isa, to) };
+        unsafe { product.write(self.operands.isa, to) };
     }
 }
 

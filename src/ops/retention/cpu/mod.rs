@@ -16,6 +16,7 @@ use super::plan::{self, Piece};
 use super::{Retention, Segments, Sizes};
 use crate::Result;
 use crate::backend::cpu::matrix::Matrix;
+use crate::backend::cpu::product::Ahead;
 use crate::backend::cpu::simd::{Isa, Real};
 use crate::backend::cpu::view::{Held, Rows, with_unit_stride};
 use candle_core::Tensor;
@@ -109,6 +110,11 @@ impl<'a, T: Real> Operands<'a, T> {
             let (data, stride) = rows.from([row, tokens.start, group], 1);
             Matrix::new(data, [tokens.len(), rows.width()], [stride, 1])
         })
+    }
+
+    /// Queries, keys and values of the piece that comes next, if one does, to be asked for.
+    fn ahead(&self, task: [usize; 2], next: Option<&Piece>) -> [Ahead<T>; 3] {
+        next.map_or([Ahead::NONE; 3], |next| self.matrices(task, &next.tokens).map(Ahead::rows))
     }
 
     /// A state or its gradient.

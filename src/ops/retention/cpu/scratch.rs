@@ -3,7 +3,8 @@
 use super::Operands;
 use super::decay::Weights;
 use super::forward::BLOCK;
-use crate::backend::cpu::product::{Padded, Product};
+use crate::backend::cpu::padded::Padded;
+use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Real, Simd};
 use crate::ops::retention::plan::Piece;
 
@@ -58,6 +59,8 @@ pub(super) struct Scratch<T> {
     /// Paths from the state before to each token, and from each token to the state after.
     pub(super) before: Vec<T>,
     pub(super) after: Vec<T>,
+    /// The piece that comes next.
+    pub(super) next: Option<Piece>,
 }
 
 impl<T: Real> Scratch<T> {
@@ -83,6 +86,7 @@ impl<T: Real> Scratch<T> {
             decay: zeros(longest),
             before: zeros(longest),
             after: zeros(longest),
+            next: None,
         }
     }
 

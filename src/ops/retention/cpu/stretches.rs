@@ -7,11 +7,13 @@
 //!
 //! The cuts depend on the shape of a call alone, so that results do not depend on the number of threads.
 
-use super::backward::{Given, back_through};
+use super::backward::Given;
 use super::decay::Weights;
 use super::forward::end_of;
 use super::{Operands, Piece};
+use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::parallel;
+use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
 use crate::ops::retention::plan;
 
@@ -133,5 +135,49 @@ impl<T: Real> Kernel<T> for Total<'_, T> {
             total *= weights.whole.to_f64();
         }
         T::from_f64(total)
+    }
+}
+
+/// The gradient of the state before a stretch, where that of the state after it is zero.
+fn back_through<T: Real>(operands: &Operands<T>, stretch: &Stretch, given: &Given<T>) -> Vec<T> {
+    T::dispatch_on(operands.isa, Through { operands, stretch, given })
+}
+
+struct Through<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    stretch: &'a Stretch,
+    given: &'a Given<'a, T>,
+}
+
+impl<T: Real> Kernel<T> for Through<'_, T> {
+    type Output = Vec<T>;
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, s: S) -> Vec<T> {
+        let Stretch { task, ref pieces, .. } = *self.stretch;
+        let p = self.operands;
+        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let mut weights = Weights::new(s, &p.decays, task[1], longest);
+        let mut gradient = Padded::zeros(p.sizes.keys, p.sizes.values);
+        let mut outputs = Padded::zeros(longest, p.sizes.values);
+        let mut early_q = Padded::zeros(longest, p.sizes.keys);
+        for piece in pieces.iter().rev() {
+            if piece.fresh {
+                gradient.clear();
+                continue;
+            }
+            weights.set(s, &p.decays, task, piece);
+            let [q, ..] = p.matrices(task, &piece.tokens);
+            early_q.fill(s, q, |i| weights.from_start[i]);
+            p.outputs(s, self.given, task, &piece.tokens, &mut outputs);
+            let (length, to) = (piece.tokens.len(), gradient.target());
+            let q = early_q.matrix(length).transposed();
+            let product = Product::new(q, outputs.right(0..length, p.sizes.values));
+            // SAFETY: the gradient is [K, V].
+            unsafe { product.plus(Some((to, weights.whole))).write(p.isa, to) };
+        }
+        let mut start = vec![];
+        gradient.append_to(&mut start);
+        start
     }
 }
