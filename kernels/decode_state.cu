@@ -82,8 +82,9 @@ template <typename E, int SPLIT> __device__ void state(const State &p) {
     int part = threadIdx.x % SPLIT, channel = blockIdx.x * (THREADS / SPLIT) + threadIdx.x / SPLIT;
     bool live = channel < p.channels;
     if (!live) channel = p.channels - 1;
-    int n = p.states, width = p.rank + 2 * n, own = max(0, min(NUMBERS, n - part * NUMBERS));
-    bool whole = n % NUMBERS == 0 && own == NUMBERS;
+    // numbers from the lane's first on; not clamped to its four, see selective_scan_step.cu
+    int n = p.states, width = p.rank + 2 * n, own = n - part * NUMBERS;
+    bool whole = n % NUMBERS == 0 && own > 0;
     auto load = [&](float (&to)[NUMBERS], const float *from) {
         if (whole) {
             float4 v = *reinterpret_cast<const float4 *>(from);

@@ -19,8 +19,8 @@ template <typename E, int ROWS> __device__ void step(const Retention &p) {
     __shared__ float sums[WARPS][SLICE];
     int across = threadIdx.x % ACROSS, down = threadIdx.x / ACROSS, warp = threadIdx.x / LANES;
     Place at(p, SLICE);
-    int value = at.first_value + across * WIDTH, count = max(0, min(WIDTH, p.values - value));
-    bool whole = p.values % WIDTH == 0 && count == WIDTH;
+    int value = at.first_value + across * WIDTH, count = p.values - value; // not clamped, see selective_scan_step.cu
+    bool whole = p.values % WIDTH == 0 && count > 0;
     const float *initial = p.initial ? p.initial + at.state(p) : nullptr;
     float s[ROWS][WIDTH] = {};
 #pragma unroll

@@ -51,8 +51,10 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
     int part = threadIdx.x % SPLIT, channel = blockIdx.x * (THREADS / SPLIT) + threadIdx.x / SPLIT;
     bool live = channel < p.channels;
     if (!live) channel = p.channels - 1;
-    int own = max(0, min(NUMBERS, p.states - part * NUMBERS));
-    bool whole = p.states % NUMBERS == 0 && own == NUMBERS, vectors = whole && p.aligned_coefficients;
+    // Numbers from the lane's first on. Not clamped to its four: ptxas 13.0 takes `n % 4 == 0 && max(0, min(4, n)) == 4` for
+    // true at n = 0, and a lane without numbers would write into the next channel's.
+    int own = p.states - part * NUMBERS;
+    bool whole = p.states % NUMBERS == 0 && own > 0, vectors = whole && p.aligned_coefficients;
     int64_t first_b = channel / p.b.width * p.b.group + part * NUMBERS;
     int64_t first_c = channel / p.c.width * p.c.group + part * NUMBERS;
     auto at = [&](const Sequence &s, int row, int t) {

@@ -58,6 +58,25 @@ fn any_shape_flag_and_dtype() {
     }
 }
 
+/// States that do not fill the lanes they are spread over.
+#[test]
+fn steps_with_idle_lanes() {
+    let Some(device) = gpu() else { return };
+    for (i, states) in [4, 12, 20, 24, 36, 40, 72].into_iter().enumerate() {
+        for length in 1..=3 {
+            let case = Case::full(2, length, 40, states);
+            let dtype = [DType::F32, DType::BF16, DType::F16][(i + length) % 3];
+            let t = cast(&case.tensors(states as u64), dtype);
+            let want = case.run(&t, None).unwrap();
+            let got = case.run(&to(&t, &device), None).unwrap();
+            for (k, (got, want)) in got.iter().zip(&want).enumerate() {
+                let what = format!("{case:?} {dtype:?} result {k}");
+                assert_close(&what, &got.to_device(&Device::Cpu).unwrap(), want, tolerance(dtype));
+            }
+        }
+    }
+}
+
 #[test]
 fn time_cut_into_chunks() {
     let Some(device) = gpu() else { return };
