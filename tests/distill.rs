@@ -21,7 +21,7 @@ fn model(dtype: DType) -> LanguageModel {
     for block in &mut config.blocks {
         let MixerConfig::Hyena(mixer) = &mut block.mixer else { panic!("a Hyena") };
         mixer.short_filter = 4;
-        // smooth filters, as training leaves them; at 10 a fresh one is nearly noise at this length
+        // smooth filters; at 10, the default, a fresh one is nearly noise at this length and takes many more states
         let HyenaFilter::Implicit(filter) = &mut mixer.filter else { panic!("a network") };
         filter.w = 2.0;
     }

@@ -2,8 +2,13 @@
 //!
 //! A tile of the result, 8 rows of two registers, stays in registers while the inner dimension runs: 16 multiply-adds for
 //! 10 loads, which keeps both units of a core busy without packing anything. The left operand is read number by number
-//! with any strides; the right one by registers, and so is [`super::padded::Padded`]. A triangle in either place costs its own area
+//! with any strides, the right one by registers (it is [`super::padded`]). A triangle in either place costs its own area
 //! alone, to the grain of a tile.
+//!
+//! Retention of one row of 8 heads of K 256, V 512 over 4096 tokens, f32, two cores of an AMD EPYC with AVX-512: 77 % of the
+//! rate of a large product forward, 64 % with backward. At K 64, V 128 it is 57 % and 40 %: there the arguments come from
+//! beyond the second cache as fast as they are computed with (3.4 bytes for every 100 operations forward), and the
+//! gradients go through three more passes on their way out of the graph.
 
 use super::matrix::Matrix;
 use super::padded::{Right, Target};
