@@ -12,7 +12,8 @@
 //!
 //! `peers.py` measures other implementations beside this one.
 
-mod mamba;
+mod layers;
+mod models;
 mod operators;
 mod support;
 
@@ -31,8 +32,8 @@ fn main() -> subquadratic::Result<()> {
     operators::norm::all(&mut criterion, &mut bench)?;
     operators::linear::all(&mut criterion, &mut bench)?;
     operators::long_conv::all(&mut criterion, &mut bench)?;
-    mamba::layer(&mut criterion, &mut bench)?;
-    mamba::model(&mut criterion, &mut bench)?;
+    layers::all(&mut criterion, &mut bench)?;
+    models::all(&mut criterion, &mut bench)?;
     criterion.final_summary();
     Ok(())
 }

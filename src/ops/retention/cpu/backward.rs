@@ -14,11 +14,10 @@
 //! on. Each kind of path (between two tokens, from the state before, to the state after, through) is added up alone, so
 //! that nothing large cancels.
 
-use super::Operands;
 use super::decay::Weights;
-use super::forward::{BLOCK, mask};
+use super::forward::mask;
 use super::scratch::{Gradient, Scratch};
-use super::stretches::Stretch;
+use super::{BLOCK, Operands, Stretch};
 use crate::backend::cpu::matrix::Matrix;
 use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::parallel;

@@ -3,18 +3,14 @@
 //! A chunk of `C` tokens takes `2 C K V` operations for what comes out of the state, as many for what goes in, and about
 //! `C^2 (K + V)` for the tokens among themselves, whose upper triangle is left out block by block.
 
-use super::Operands;
 use super::decay::Weights;
-use super::stretches::Stretch;
+use super::{BLOCK, Operands, Stretch};
 use crate::backend::cpu::padded::{Padded, Target};
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::product::{Ahead, Part, Product, all_finite};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, lanes, load, put};
 use crate::ops::retention::plan::{self, Piece};
-
-/// Tokens that look at those before them together.
-pub(super) const BLOCK: usize = 64;
 
 /// What a forward pass leaves.
 pub(in super::super) struct Retained<T> {

@@ -22,6 +22,19 @@ use crate::backend::cpu::view::{Held, Rows, with_unit_stride};
 use candle_core::Tensor;
 use std::ops::Range;
 
+/// Tokens that look at those before them together.
+const BLOCK: usize = 64;
+
+/// Pieces of one head of one row that are walked one after another.
+struct Stretch {
+    /// Row and head.
+    task: [usize; 2],
+    pieces: Vec<Piece>,
+    /// Whether the head begins or ends with it.
+    first: bool,
+    last: bool,
+}
+
 /// The tensors of a call with unit stride, to be [`Held`] by [`Operands`].
 pub(super) struct Prepared {
     q: Tensor,
@@ -99,6 +112,23 @@ impl<'a, T: Real> Operands<'a, T> {
     /// The pieces of a row, for one head.
     fn pieces(&self, [row, head]: [usize; 2], chunk: usize) -> Vec<Piece> {
         plan::pieces(self.segments.row(row), chunk, |t| self.decays.resets([row, t, head]))
+    }
+
+    /// All stretches of a call, in order.
+    fn stretches(&self, chunk: usize) -> Vec<Stretch> {
+        let mut all = vec![];
+        for task in self.tasks() {
+            let pieces = self.pieces(task, chunk);
+            let count = plan::stretches(&self.sizes, pieces.len());
+            let cuts: Vec<_> = (0..=count).map(|i| i * pieces.len() / count).collect();
+            all.extend(cuts.windows(2).map(|cut| Stretch {
+                task,
+                pieces: pieces[cut[0]..cut[1]].to_vec(),
+                first: cut[0] == 0,
+                last: cut[1] == pieces.len(),
+            }));
+        }
+        all
     }
 
     /// Queries, keys and values of one head, `[tokens, width]` each.

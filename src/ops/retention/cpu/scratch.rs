@@ -1,8 +1,7 @@
 //! What the backward pass holds while it goes through a piece: copies of the arguments as products want them.
 
-use super::Operands;
 use super::decay::Weights;
-use super::forward::BLOCK;
+use super::{BLOCK, Operands};
 use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Real, Simd};

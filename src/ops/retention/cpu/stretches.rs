@@ -10,41 +10,13 @@
 use super::backward::Given;
 use super::decay::Weights;
 use super::forward::end_of;
-use super::{Operands, Piece};
+use super::{Operands, Stretch};
 use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
-use crate::ops::retention::plan;
-
-/// Pieces of one head of one row that are walked one after another.
-pub(super) struct Stretch {
-    /// Row and head.
-    pub(super) task: [usize; 2],
-    pub(super) pieces: Vec<Piece>,
-    /// Whether the head begins or ends with it.
-    pub(super) first: bool,
-    pub(super) last: bool,
-}
 
 impl<T: Real> Operands<'_, T> {
-    /// All of a call's, in order.
-    pub(super) fn stretches(&self, chunk: usize) -> Vec<Stretch> {
-        let mut all = vec![];
-        for task in self.tasks() {
-            let pieces = self.pieces(task, chunk);
-            let count = plan::stretches(&self.sizes, pieces.len());
-            let cuts: Vec<_> = (0..=count).map(|i| i * pieces.len() / count).collect();
-            all.extend(cuts.windows(2).map(|cut| Stretch {
-                task,
-                pieces: pieces[cut[0]..cut[1]].to_vec(),
-                first: cut[0] == 0,
-                last: cut[1] == pieces.len(),
-            }));
-        }
-        all
-    }
-
     /// The states before stretches, but for those that begin a head.
     pub(super) fn before(&self, stretches: &[Stretch]) -> Vec<Option<Vec<T>>> {
         let ends = self.walk_alone(stretches, |stretch| !stretch.last, |s| end_of(self, s));

@@ -1,0 +1,80 @@
+//! Models of published sizes with random weights: prompts up to the logits of the last token, and greedy steps.
+
+use crate::support::{Bench, group, measure, name};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use criterion::{Criterion, Throughput};
+use std::collections::HashMap;
+use subquadratic::Result;
+use subquadratic::models::{Decoder, LanguageModel, ModelConfig};
+
+const VOCABULARY: usize = 50280;
+
+/// Mamba and RetNet; the larger ones on a GPU alone.
+pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
+    let mamba = |width, layers| ModelConfig::mamba(width, layers, VOCABULARY);
+    let retnet = |width, layers| ModelConfig::retnet(width, layers, VOCABULARY);
+    model(criterion, bench, "mamba-130m", mamba(768, 24), &[512, 2048])?;
+    model(criterion, bench, "retnet-d768-l12", retnet(768, 12), &[512, 2048])?;
+    if !bench.device.is_cpu() {
+        model(criterion, bench, "mamba-1.4b", mamba(2048, 48), &[8192])?;
+        model(criterion, bench, "mamba-2.8b", mamba(2560, 64), &[2048])?;
+        model(criterion, bench, "retnet-1.3b", retnet(2048, 24), &[8192])?;
+    }
+    Ok(())
+}
+
+/// Random weights; on a GPU they are drawn there.
+fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<LanguageModel> {
+    if device.is_cpu() {
+        return LanguageModel::init(config, 0, dtype, device)?.frozen();
+    }
+    let mut tensors = HashMap::new();
+    for parameter in config.parameters() {
+        let (name, shape) = (parameter.name, parameter.shape);
+        let wide = ["A_log", ".D"].iter().any(|end| name.ends_with(end));
+        let tensor = match name.contains("norm") || wide {
+            true => Tensor::ones(shape, DType::F32, device)?,
+            false => Tensor::randn(0f32, 0.02, shape, device)?,
+        };
+        tensors.insert(name, if wide { tensor } else { tensor.to_dtype(dtype)? });
+    }
+    LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device))
+}
+
+/// One of them; on a GPU in bf16 alone.
+fn model(
+    criterion: &mut Criterion,
+    bench: &mut Bench,
+    title: &str,
+    config: ModelConfig,
+    lengths: &[usize],
+) -> Result<()> {
+    let mut model = group(criterion, title);
+    let dtypes = if bench.device.is_cpu() { bench.dtypes() } else { &[DType::BF16] };
+    for &dtype in dtypes {
+        // initialised when a benchmark that passes the filter first asks for it
+        let device = bench.device.clone();
+        let lazy = std::cell::LazyCell::new(|| random(&config, dtype, &device).expect("a model"));
+        for &length in lengths {
+            let ids = bench.tokens(1, length, VOCABULARY as u32)?;
+            let id = format!("prefill-{length}/{}/fwd", name(dtype));
+            measure(&mut model, id, Throughput::Elements(length as u64), &bench.device, || {
+                let mut state = lazy.init_state(1)?;
+                lazy.prefill(&ids, None, &mut state)
+            });
+        }
+        let (mut decoder, mut id) = (None, vec![1]);
+        let title = format!("decode/{}/step", name(dtype));
+        measure(&mut model, title, Throughput::Elements(1), &bench.device, || {
+            let decoder = match &mut decoder {
+                Some(decoder) => decoder,
+                none => none.insert(Decoder::new(&lazy, 1)?),
+            };
+            id = decoder.step_greedy(&[Some(0)], &id)?;
+            Ok(())
+        });
+    }
+    model.finish();
+    Ok(())
+}
