@@ -132,9 +132,8 @@ struct Walker<'a, T: Real, S: Simd<T>> {
     /// Values of the piece, and its keys weighted by what is left of them at its end.
     values: Padded<T>,
     keys: Padded<T>,
-    /// Of a block: queries, what comes out of the state, queries against keys.
+    /// Of a block: queries, queries against keys.
     queries: Padded<T>,
-    outputs: Padded<T>,
     scores: Padded<T>,
     decays: Vec<T>,
     /// Queries, keys and values of the next piece.
@@ -155,7 +154,6 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
             values: Padded::zeros(longest, values),
             keys: Padded::zeros(longest, keys),
             queries: Padded::zeros(block, keys),
-            outputs: Padded::zeros(block, values),
             scores: Padded::zeros(block, longest),
             decays: vec![T::ZERO; longest],
             ahead: [Ahead::NONE; 3],
@@ -190,27 +188,27 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
             let end = start + rows;
             self.queries.fill(s, q.part([start, 0], [rows, keys]), |_| p.scale);
             let q = self.queries.matrix(rows);
-            let (outputs, scores) = (self.outputs.target(), self.scores.target());
-            // SAFETY: outputs and scores have places for a block; the last target is the caller's, row `start` on.
-            unsafe {
-                if !piece.fresh {
-                    let weights = &self.weights.from_start[start..];
-                    Product::new(q, state.right(0..keys, values)).weights(weights).write(p.isa, outputs);
-                }
-                let product = Product::new(q, self.turned_keys.right(0..keys, end)).part(Part::Lower(start));
-                product.write(p.isa, scores);
-                for i in 0..rows {
-                    let decays = self.weights.row(s, start + i, &mut self.decays);
-                    mask(s, &mut self.scores.row_mut(i)[..end], decays);
-                }
-                let scores = self.scores.matrix(rows).part([0, 0], [rows, end]);
-                let product = Product::new(scores, self.values.right(0..end, values));
-                let [q, k, v] = std::mem::replace(&mut self.ahead, [Ahead::NONE; 3]);
-                self.ahead[2] = v;
-                let product = product.part(Part::LowerLeft(start)).single(single).ahead([q, k]);
-                let plus = (!piece.fresh).then_some((outputs, T::ONE));
-                product.plus(plus).write(p.isa, to.from(start));
+            let product = Product::new(q, self.turned_keys.right(0..keys, end)).part(Part::Lower(start));
+            // SAFETY: there is a place for every score.
+            unsafe { product.write(p.isa, self.scores.target()) };
+            for i in 0..rows {
+                let decays = self.weights.row(s, start + i, &mut self.decays);
+                mask(s, &mut self.scores.row_mut(i)[..end], decays);
             }
+            let scores = self.scores.matrix(rows).part([0, 0], [rows, end]);
+            let among = self.values.right(0..end, values);
+            let product = match piece.fresh {
+                true => Product::new(scores, among),
+                false => {
+                    let weights = &self.weights.from_start[start..];
+                    Product::new(q, state.right(0..keys, values)).weights(weights).then(scores, among)
+                }
+            };
+            let [q, k, v] = std::mem::replace(&mut self.ahead, [Ahead::NONE; 3]);
+            self.ahead[2] = v;
+            let product = product.part(Part::LowerLeft(start)).single(single).ahead([q, k]);
+            // SAFETY: the caller's promise, row `start` on.
+            unsafe { product.write(p.isa, to.from(start)) };
         }
     }
 
