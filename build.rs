@@ -13,11 +13,14 @@ use std::{env, fs, io, thread};
 
 /// Asynchronous copies and bf16 arithmetic need as much.
 const OLDEST_ARCHITECTURE: u32 = 80;
+/// The architecture whose own instructions some kernels are written in.
+const HOPPER: u32 = 90;
 /// Grid constants and sm_90a need as much.
 const OLDEST_TOOLKIT: (u32, u32) = (12, 0);
 
 fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-check-cfg=cfg(hopper_kernels)");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return ExitCode::SUCCESS;
     }
@@ -39,7 +42,11 @@ fn compile_kernels() -> Result<(), String> {
     println!("cargo:rerun-if-changed=kernels/common");
     let nvcc = find_nvcc();
     check_version(&nvcc)?;
-    let flags = flags(&architectures()?);
+    let architectures = architectures()?;
+    if architectures.contains(&HOPPER) {
+        println!("cargo:rustc-cfg=hopper_kernels");
+    }
+    let flags = flags(&architectures);
     let headers = files("kernels/common", "cuh")?;
     let headers = headers.iter().map(|path| modified(path)).max().flatten();
     let sources = files("kernels", "cu")?;
@@ -162,7 +169,7 @@ fn flags(architectures: &[u32]) -> Vec<String> {
     }
     for number in architectures {
         // Hopper's own instructions exist in the variant alone
-        let name = if *number == 90 { "90a".to_string() } else { number.to_string() };
+        let name = if *number == HOPPER { "90a".to_string() } else { number.to_string() };
         flags.push(format!("-gencode=arch=compute_{name},code=sm_{name}"));
     }
     if let Some(newest) = architectures.last() {

@@ -2,7 +2,7 @@
 """Time this crate's CUDA operators and their peers on one GPU, in one run, and print one Markdown table.
 
     cargo bench --features cuda --no-run            # prints the executable
-    python3 benches/compare.py --bench EXECUTABLE --peers DIR [--only selective_scan,..] [--dtypes bf16,f32]
+    python3 benches/compare.py --bench EXECUTABLE --peers DIR [OPERATOR ..] [--shapes h96,d256] [--dtypes bf16,f32]
 
 DIR holds the peers as published: mamba_ssm-*.tar.gz (its scan is compiled here, some three minutes) and the wheels of
 fla-core and flash-linear-attention; PyTorch and Triton must be installed. Operators run through the crate's public
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 SHAPES = json.loads((HERE / "shapes.json").read_text())
 OPERATORS = ["selective_scan", "selective_state_update", "causal_conv1d", "retention", "retention_step"]
 COPY_TB_S, MUFU_PER_S = 3.02, 132 * 16 * 1.98e9  # of one H100 (measured; multiprocessors x 16 a clock x clock)
+SELECTED = []  # names of shapes; all if empty
 UNITS = {"ns": 1e-6, "µs": 1e-3, "us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -32,22 +33,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", required=True, help="the benchmark executable, built with the feature cuda")
     parser.add_argument("--peers", required=True, help="folder of the peers' packages")
-    parser.add_argument("--only", default=",".join(OPERATORS))
-    parser.add_argument("--dtypes", default="bf16,f32")
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; all by default")
+    parser.add_argument("--only", help="the same, separated by commas")
+    parser.add_argument("--shapes", help="names from shapes.json, separated by commas; all by default")
+    parser.add_argument("--dtypes", help="by default bf16 and f32; for retention, whose peer compiles for minutes, bf16")
     options = parser.parse_args()
-    operators, dtypes = options.only.split(","), options.dtypes.split(",")
+    operators = options.operators or (options.only.split(",") if options.only else OPERATORS)
+    SELECTED.extend(options.shapes.split(",") if options.shapes else [])
+    dtypes_of = lambda operator: (
+        options.dtypes.split(",") if options.dtypes else ["bf16"] if operator == "retention" else ["bf16", "f32"])
     peers = {}
     for operator in operators:
         try:
-            peers |= globals()["time_" + operator](options.peers, dtypes)
+            peers |= globals()["time_" + operator](options.peers, dtypes_of(operator))
         except Exception as error:  # one peer's failure must not hide the other figures
             print(f"{operator}: the peer failed: {type(error).__name__} {error}"[:600], file=sys.stderr)
-    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator, dtypes).items()}
+    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator, dtypes_of(operator)).items()}
     print("| operator | shape | dtype | pass | this crate | peer | peer / this | floor | floor / this |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (operator, shape, dtype, what), own in ours.items():
-        if dtype not in dtypes:
-            continue
         peer = peers.get((operator, shape, dtype, what))
         floor = floors(operator, shape, dtype, what)
         cells = [operator, shape, dtype, what, f"{own:.4f}", f"{peer:.4f}" if peer else "", f"{peer / own:.2f}" if peer else ""]
@@ -93,7 +97,7 @@ def floors(operator, name, dtype, what):
 
 def median(run):
     from triton.testing import do_bench
-    return do_bench(run, warmup=50, rep=200, return_mode="median")
+    return do_bench(run, warmup=25, rep=100, return_mode="median")
 
 
 def dtype_of(name):
@@ -107,7 +111,8 @@ def randn(*shape, dtype=None):
 
 
 def cuda_shapes(operator):
-    return [shape for shape in SHAPES[operator] if not shape["name"].startswith("cpu-")]
+    named = [shape for shape in SHAPES[operator] if not shape["name"].startswith("cpu-")]
+    return [shape for shape in named if not SELECTED or shape["name"] in SELECTED]
 
 
 def unpacked(peers):

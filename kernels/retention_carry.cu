@@ -21,9 +21,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float state = initial ? initial[row * numbers + i] : 0.0f;
     for (int step = 0; step < segments; ++step) {
         int64_t segment = row * segments + (backwards ? segments - 1 - step : step);
-        float own = carried[segment * numbers + i];
+        // the last one's own state begins nothing, and nobody computed it
+        float own = step + 1 < segments ? carried[segment * numbers + i] : 0.0f;
         carried[segment * numbers + i] = state;
-        state = fmaf(factors[segment], state, own);
+        if (step + 1 < segments) state = fmaf(factors[segment], state, own);
     }
 }
 

@@ -72,6 +72,7 @@ struct Decay {
         uint8_t mark = at.mark(p, token);
         if (mark == PAD) return;
         float x = p.log_decay[p.per_token ? (int64_t(at.row) * p.length + token) * p.heads + at.head : at.head];
+        if (x > 0.0f) x = __int_as_float(0x7fffffff); // no decay: NaN, as the caller is told
         resets = mark == START || x < LEAST_LOGARITHM;
         if (!resets) log = double(x) * 1.4426950408889634;
     }
@@ -147,12 +148,12 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void *from, int by
 
 // Asks for the C tokens from `first` on of a sequence, COLUMNS of them of which `columns` exist; zeros for all that does
 // not exist, padding included.
-template <typename E, int C, int COLUMNS, int THREADS>
+template <typename E, int C, int COLUMNS, int THREADS, int UNROLL = C>
 __device__ __forceinline__ void fetch(uint32_t tile, const E *from, int64_t step, int columns, const Retention &p,
                                       const Place &at, int first) {
     using T = Tile<E, C, COLUMNS>;
     constexpr int PIECES = COLUMNS / T::WIDTH;
-#pragma unroll
+#pragma unroll UNROLL
     for (int i = threadIdx.x; i < C * PIECES; i += THREADS) {
         int row = i / PIECES, column = i % PIECES * T::WIDTH;
         int position = first + row;

@@ -158,6 +158,8 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     const E *k = p.k.at<E>(at.row, at.head), *v = p.v.at<E>(at.row, at.head) + at.first_value;
     E *o = S::OUTPUTS ? p.o.at<E>(at.row, at.head) : nullptr;
 
+    bool ends = at.segment == (p.backwards ? 0 : p.segments - 1);
+    if (!S::OUTPUTS && ends) return; // nothing begins with its state
     int chunks = (at.tokens + C - 1) / C, chunk = 0;
     Decay through;
     bool constant = !p.per_token && !p.marks;
@@ -251,7 +253,6 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     Decay last;
     if (p.backwards) last = Decay(p, at, at.begin);
     if (S::OUTPUTS) {
-        bool ends = at.segment == (p.backwards ? 0 : p.segments - 1);
         if (ends && p.state) state.store(p.state + at.state(p), p, first_key, first_value, last.factor());
     } else {
         state.store(p.carried + at.carried(p), p, first_key, first_value, last.factor());

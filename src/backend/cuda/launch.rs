@@ -124,6 +124,18 @@ pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     Ok(count.map_err(|error| failed("the number of multiprocessors", error))?.max(1) as usize)
 }
 
+/// Whether a device runs the kernels made for Hopper's tensor cores, and this build has them.
+pub(crate) fn is_hopper(device: &CudaDevice) -> Result<bool> {
+    let parts = [
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    ];
+    let context = device.cuda_stream();
+    let [major, minor] = parts.map(|part| context.context().attribute(part));
+    let known = |part: std::result::Result<i32, _>| part.map_err(|error| failed("the compute capability", error));
+    Ok(cfg!(hopper_kernels) && (known(major)?, known(minor)?) == (9, 0))
+}
+
 /// Whether a kernel may begin before the one ahead of it has ended: from Hopper on.
 pub(crate) fn starts_early(device: &CudaDevice) -> Result<bool> {
     let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;

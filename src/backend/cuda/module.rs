@@ -22,6 +22,8 @@ pub(crate) enum Module {
     RetentionBf16,
     RetentionF16,
     RetentionF32,
+    RetentionHopperBf16,
+    RetentionHopperF16,
     RetentionCarry,
     RetentionStep,
 }
@@ -46,6 +48,8 @@ impl Module {
             Self::RetentionBf16 => embedded!("retention_bf16"),
             Self::RetentionF16 => embedded!("retention_f16"),
             Self::RetentionF32 => embedded!("retention_f32"),
+            Self::RetentionHopperBf16 => embedded!("retention_hopper_bf16"),
+            Self::RetentionHopperF16 => embedded!("retention_hopper_f16"),
             Self::RetentionCarry => embedded!("retention_carry"),
             Self::RetentionStep => embedded!("retention_step"),
         }

@@ -79,7 +79,8 @@ pub struct Retention<'a> {
 /// Differentiable in every tensor argument, a constant decay and the initial state included, and through both results.
 ///
 /// # Errors
-/// Shapes that do not fit, a decay above 1 or NaN, a chunk of 0 tokens: naming the argument.
+/// Shapes that do not fit, a decay above 1 or NaN, a chunk of 0 tokens: naming the argument. The kernels of CUDA do not
+/// stop the stream to look at decays: there one above 1 makes NaN of all it touches.
 pub fn retention(args: &Retention) -> Result<(Tensor, Tensor)> {
     let sizes = args.check()?;
     #[cfg(feature = "cuda")]
@@ -88,6 +89,7 @@ pub fn retention(args: &Retention) -> Result<(Tensor, Tensor)> {
     {
         return Ok(results);
     }
+    args.check_decays()?;
     let accumulation = accumulation_dtype(args.q.dtype());
     let initial_state = args.initial_state.map(|state| state.to_dtype(accumulation)).transpose()?;
     let unified = Retention {
@@ -172,11 +174,15 @@ impl Retention<'_> {
                 return Err(Error::dtype(name, "f32, f64, bf16 or f16", tensor.dtype()));
             }
         }
-        // a copy of few numbers, next to the keys and values of as many tokens
+        Ok(Sizes { batch, length, heads, keys, values, groups, per_token })
+    }
+
+    /// Whether all decays are at most 1. On a GPU this waits for it.
+    fn check_decays(&self) -> Result<()> {
         let decays = self.log_decay.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         match decays.into_iter().find(|decay| decay.is_nan() || *decay > 0.0) {
             Some(decay) => Err(Error::value("retention: log_decay", "logarithms of at most 0", decay)),
-            None => Ok(Sizes { batch, length, heads, keys, values, groups, per_token }),
+            None => Ok(()),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! The arguments of the kernels, laid out as `retention.cuh` has them, and their launches.
 
-use super::plan::Kernel;
+use super::plan::{Kernel, Plan};
 use crate::backend::cuda::{Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of};
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, Shape, Storage, Tensor};
 
-/// Threads of the kernels of `retention_carry.cu` and `retention_step.cu`, values of a block of the latter, lanes of a warp.
+/// Threads of the kernels of `retention_carry.cu`; those and values of a block of `retention_step.cu`; lanes of a warp.
 pub(super) const THREADS: usize = 256;
+const STEP_THREADS: u32 = 512;
 const STEP_VALUES: usize = 32;
 pub(super) const LANES: usize = 32;
 
@@ -58,8 +59,7 @@ pub(super) struct Decays<'a> {
     pub(super) log_decay: &'a Tensor,
     /// `[B, T]`
     pub(super) marks: Option<&'a Tensor>,
-    /// Tokens of a segment.
-    pub(super) segment: usize,
+    pub(super) plan: Plan,
     pub(super) heads: usize,
 }
 
@@ -86,7 +86,7 @@ impl Walk<'_> {
     }
 
     pub(super) fn segments(&self) -> Result<usize> {
-        Ok(self.q.dim(1)?.div_ceil(self.decays.segment))
+        Ok(self.q.dim(1)?.div_ceil(self.decays.plan.segment))
     }
 
     /// The states before each segment, `[B H, segments, K V]`; `None` for a single one.
@@ -258,7 +258,7 @@ impl<'a> Locks<'a> {
             heads: heads as i32,
             keys: keys as i32,
             values: values as i32,
-            segment: walk.decays.segment as i32,
+            segment: walk.decays.plan.segment as i32,
             segments: walk.segments()? as i32,
             per_token: (walk.decays.log_decay.rank() == 3) as i32,
             backwards: walk.backwards as i32,
@@ -279,18 +279,21 @@ impl Launcher<'_> {
     /// The pointers of `arguments` lead to what its sizes say.
     unsafe fn walk<E: Element>(&self, name: &str, walk: &Walk, arguments: Arguments) -> Result<()> {
         let [batch, _, heads, keys, values] = walk.dims()?;
-        let kernel = Kernel::new(keys, values, size_of::<E>());
+        let kernel = Kernel::new(keys, values, &walk.decays.plan.target);
         let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
-        let module = match E::NAME {
-            "bf16" => Module::RetentionBf16,
-            "f16" => Module::RetentionF16,
+        let module = match (E::NAME, kernel.hopper) {
+            ("bf16", false) => Module::RetentionBf16,
+            ("bf16", true) => Module::RetentionHopperBf16,
+            ("f16", false) => Module::RetentionF16,
+            ("f16", true) => Module::RetentionHopperF16,
             _ => Module::RetentionF32,
         };
+        let hopper = if kernel.hopper { "_hopper" } else { "" };
         let launch = Launch {
             what: self.what,
             device: self.device,
             module,
-            kernel: &format!("{name}_{}_{}_{}", E::NAME, kernel.keys, kernel.values),
+            kernel: &format!("{name}{hopper}_{}_{}_{}", E::NAME, kernel.keys, kernel.values),
             grid: [values.div_ceil(kernel.values), batch * heads, walk.segments()?],
             threads: kernel.threads(),
             dynamic: true,
@@ -303,7 +306,7 @@ impl Launcher<'_> {
     /// As [`Launcher::walk`].
     unsafe fn step<E: Element>(&self, walk: &Walk, arguments: Arguments) -> Result<()> {
         let [batch, _, heads, keys, values] = walk.dims()?;
-        let kernel = Kernel::new(keys, values, size_of::<E>());
+        let kernel = Kernel::new(keys, values, &walk.decays.plan.target);
         let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
         let launch = Launch {
             what: self.what,
@@ -311,7 +314,7 @@ impl Launcher<'_> {
             module: Module::RetentionStep,
             kernel: &format!("retention_step_{}_{}", E::NAME, kernel.keys),
             grid: [values.div_ceil(STEP_VALUES), batch * heads, 1],
-            threads: THREADS as u32,
+            threads: STEP_THREADS,
             dynamic: false,
         };
         // SAFETY: as in `walk`.

@@ -2,22 +2,22 @@
 
 use super::call::{Decays, Walk};
 use super::decay::DecayGradient;
-use super::plan;
+use super::plan::{self, Plan};
 use crate::autograd::{Gradients, record, storage_of};
 use crate::backend::cuda::{Element, contiguous, with_unit_stride};
 use crate::ops::retention::{Retention, Sizes};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
-/// Retention of unified arguments in segments of so many tokens.
+/// Retention of unified arguments.
 pub(super) fn recorded<E: Element>(
     args: &Retention,
     sizes: Sizes,
-    segment: usize,
+    plan: Plan,
 ) -> Result<(Tensor, Tensor)> {
     let mut inputs = vec![args.q, args.k, args.v, args.log_decay];
     inputs.extend(args.initial_state);
-    let saved = Saved::new(args, sizes, segment)?;
+    let saved = Saved::new(args, sizes, plan)?;
     let (what, forward) = (saved.what(), saved.forward());
     let tracked = inputs.iter().any(|x| x.track_op());
     if plan::steps(sizes.length, tracked) {
@@ -59,11 +59,11 @@ struct Saved {
     marks: Option<Tensor>,
     scale: f32,
     sizes: Sizes,
-    segment: usize,
+    plan: Plan,
 }
 
 impl Saved {
-    fn new(args: &Retention, sizes: Sizes, segment: usize) -> Result<Self> {
+    fn new(args: &Retention, sizes: Sizes, plan: Plan) -> Result<Self> {
         let sequence = |x: &Tensor| with_unit_stride(&x.detach());
         let wide = |x: &Tensor| contiguous(&x.detach());
         Ok(Self {
@@ -76,7 +76,7 @@ impl Saved {
             marks: args.segments.map(|segments| segments.marks(args.q.device())).transpose()?,
             scale: args.scale as f32,
             sizes,
-            segment,
+            plan,
         })
     }
 
@@ -90,7 +90,7 @@ impl Saved {
         Decays {
             log_decay: &self.log_decay,
             marks: self.marks.as_ref(),
-            segment: self.segment,
+            plan: self.plan,
             heads: self.sizes.heads,
         }
     }

@@ -17,8 +17,9 @@ mod grad;
 mod plan;
 
 use super::{Retention, Sizes};
+use plan::{Plan, Target};
 use crate::Result;
-use crate::backend::cuda::{device_of, multiprocessors};
+use crate::backend::cuda::{device_of, is_hopper, multiprocessors};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
@@ -34,10 +35,16 @@ pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, 
     // a decay's gradient is a sum of differences, in which the roundings of few bits would grow
     let alike = sequences.iter().all(|x| x.dtype() == own) && !learns_decay;
     let sequence = if alike { own } else { DType::F32 };
-    let count = multiprocessors(&device_of(args.q)?)?;
-    let Some(segment) = plan::segment(&sizes, sequence.size_in_bytes(), count, learns_decay) else {
+    let device = device_of(args.q)?;
+    let target = Target {
+        bytes: sequence.size_in_bytes(),
+        multiprocessors: multiprocessors(&device)?,
+        hopper: is_hopper(&device)?,
+    };
+    let Some(segment) = plan::segment(&sizes, &target, learns_decay) else {
         return Ok(None);
     };
+    let plan = Plan { segment, target };
     let initial_state = args.initial_state.map(|state| state.to_dtype(DType::F32)).transpose()?;
     let unified = Retention {
         q: &args.q.to_dtype(sequence)?,
@@ -48,9 +55,9 @@ pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, 
         ..*args
     };
     let (o, state) = match sequence {
-        DType::BF16 => grad::recorded::<bf16>(&unified, sizes, segment)?,
-        DType::F16 => grad::recorded::<f16>(&unified, sizes, segment)?,
-        _ => grad::recorded::<f32>(&unified, sizes, segment)?,
+        DType::BF16 => grad::recorded::<bf16>(&unified, sizes, plan)?,
+        DType::F16 => grad::recorded::<f16>(&unified, sizes, plan)?,
+        _ => grad::recorded::<f32>(&unified, sizes, plan)?,
     };
     Ok(Some((o.to_dtype(own)?, state)))
 }
