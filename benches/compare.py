@@ -96,8 +96,11 @@ def floors(operator, name, dtype, what):
 
 
 def median(run):
+    """Milliseconds; also to standard error, so that what a time limit cuts off is not lost."""
     from triton.testing import do_bench
-    return do_bench(run, warmup=25, rep=100, return_mode="median")
+    time = do_bench(run, warmup=25, rep=100, return_mode="median")
+    print(f"{sys._getframe(1).f_code.co_name}: {time:.4f} ms", file=sys.stderr, flush=True)
+    return time
 
 
 def dtype_of(name):

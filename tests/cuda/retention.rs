@@ -22,6 +22,12 @@ fn compare(device: &Device, case: &Case, t: &[Tensor], segments: Option<&Segment
     let what = format!("{case:?} {dtype:?} segments {} {NAMES:?}", segments.is_some());
     let used = if case.state { 5 } else { 4 };
     agree(&what, device, &t[..used], tolerance(dtype), |x| case.run(x, segments));
+    // decays that do not learn leave the products to the dtype itself
+    let (decay, others) = (to(&t[3..4], device).remove(0), [&t[..3], &t[4..used]].concat());
+    agree(&format!("{what}, decays fixed"), device, &others, tolerance(dtype), |x| {
+        let decay = if x[0].device().is_cpu() { &t[3] } else { &decay };
+        case.run(&[&x[..3], std::slice::from_ref(decay), &x[3..]].concat(), segments)
+    });
 }
 
 #[test]
@@ -89,6 +95,65 @@ fn time_cut_into_segments() {
         for (got, want) in got.iter().zip(&oracle(&case, &widen(&t), segments)) {
             assert_close(&format!("{case:?}"), got, want, tolerance(dtype));
         }
+    }
+}
+
+#[test]
+fn decays_of_any_strength() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(4);
+    for (seed, dtype) in [DType::BF16, DType::F16, DType::F32, DType::BF16].into_iter().enumerate() {
+        let case = Case { per_token: seed == 3, ..Case::new(1, 200, 6, 80, 96) };
+        let mut t = case.tensors(seed as u64);
+        // from none to one that forgets all within a token, those between too steep to be taken apart into factors
+        let decays = [0.0, -1e-4, -0.5, -2.0, -30.0, -200.0];
+        t[3] = match case.per_token {
+            true => (random.uniform(t[3].shape(), 0.0, 1.0)
+                * Tensor::new(&decays, &Device::Cpu).unwrap().broadcast_as(t[3].shape()).unwrap())
+            .unwrap(),
+            false => Tensor::new(&decays, &Device::Cpu).unwrap(),
+        };
+        compare(&device, &case, &cast(&t, dtype), None);
+    }
+}
+
+#[test]
+fn what_is_no_decay_makes_nan_of_its_head() {
+    let Some(device) = gpu() else { return };
+    let case = Case { state: false, ..Case::new(1, 70, 3, 16, 16) };
+    for (dtype, length) in [(DType::F32, 70), (DType::BF16, 70), (DType::F16, 70), (DType::BF16, 2)] {
+        let mut t = case.narrow(&cast(&case.tensors(1), dtype), 0, length);
+        t[3] = Tensor::new(&[-0.1f32, 0.5, f32::NAN], &Device::Cpu).unwrap();
+        let results = to(&case.run(&to(&t, &device), None).unwrap(), &Device::Cpu);
+        for (x, dim) in results.iter().zip([2, 1]) {
+            let heads = [0, 1, 2].map(|head| values(&x.narrow(dim, head, 1).unwrap()));
+            assert!(heads[0].iter().all(|x| x.is_finite()), "{dtype:?} {length}");
+            assert!(heads[1..].iter().all(|head| head.iter().any(|x| x.is_nan())), "{dtype:?} {length}");
+        }
+    }
+}
+
+#[test]
+fn padding_may_hold_anything() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(5);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let case = Case::new(2, 150, 2, 48, 40);
+        let t = cast(&case.tensors(3), dtype);
+        let segments = random_segments(random, case.batch, case.length);
+        let padded =
+            segments.marks(&device).unwrap().eq(2u8).unwrap().unsqueeze(2).unwrap().unsqueeze(3).unwrap();
+        let mut filled = to(&t, &device);
+        for x in filled.iter_mut().take(3) {
+            let nan = Tensor::full(f32::NAN, x.shape(), &device).unwrap().to_dtype(dtype).unwrap();
+            *x = padded.broadcast_as(x.shape()).unwrap().where_cond(&nan, x).unwrap();
+        }
+        let want = to(&case.run(&to(&t, &device), Some(&segments)).unwrap(), &Device::Cpu);
+        let got = to(&case.run(&filled, Some(&segments)).unwrap(), &Device::Cpu);
+        let live = padded.to_device(&Device::Cpu).unwrap().broadcast_as(want[0].shape()).unwrap();
+        let [got_live, want_live] =
+            [&got[0], &want[0]].map(|x| live.where_cond(&x.zeros_like().unwrap(), x).unwrap());
+        assert!(bits(&got_live) == bits(&want_live) && bits(&got[1]) == bits(&want[1]), "{dtype:?}");
     }
 }
 

@@ -132,7 +132,8 @@ pub(crate) fn is_hopper(device: &CudaDevice) -> Result<bool> {
     ];
     let context = device.cuda_stream();
     let [major, minor] = parts.map(|part| context.context().attribute(part));
-    let known = |part: std::result::Result<i32, _>| part.map_err(|error| failed("the compute capability", error));
+    let known =
+        |part: std::result::Result<i32, _>| part.map_err(|error| failed("the compute capability", error));
     Ok(cfg!(hopper_kernels) && (known(major)?, known(minor)?) == (9, 0))
 }
 

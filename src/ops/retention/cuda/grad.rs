@@ -10,11 +10,7 @@ use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// Retention of unified arguments.
-pub(super) fn recorded<E: Element>(
-    args: &Retention,
-    sizes: Sizes,
-    plan: Plan,
-) -> Result<(Tensor, Tensor)> {
+pub(super) fn recorded<E: Element>(args: &Retention, sizes: Sizes, plan: Plan) -> Result<(Tensor, Tensor)> {
     let mut inputs = vec![args.q, args.k, args.v, args.log_decay];
     inputs.extend(args.initial_state);
     let saved = Saved::new(args, sizes, plan)?;

@@ -10,6 +10,9 @@
 //!
 //! so that nothing is kept for the backward pass but the states between segments. A few tokens outside a graph go through a
 //! kernel of steps, which reads and writes the state once.
+//!
+//! The walk is there twice: for elements of 16 bits on Hopper's own tensor instructions, and for all else on those that every
+//! GPU since Ampere has (f32 as three products of tf32). `plan` chooses.
 
 mod call;
 mod decay;
@@ -17,11 +20,11 @@ mod grad;
 mod plan;
 
 use super::{Retention, Sizes};
-use plan::{Plan, Target};
 use crate::Result;
 use crate::backend::cuda::{device_of, is_hopper, multiprocessors};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
+use plan::{Plan, Target};
 
 /// Retention of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
