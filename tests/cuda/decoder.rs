@@ -50,6 +50,16 @@ fn steps_are_the_model() {
     refuses_nonsense(&model(&configs()[1], DType::F32, &device));
 }
 
+/// Without kernels of its own: a pool, rows that come and go, drafts taken back.
+#[test]
+fn a_retnet_decodes_from_a_pool() {
+    let Some(device) = gpu() else { return };
+    let config = ModelConfig::retnet(64, 2, VOCABULARY);
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 4e-2)] {
+        follows_the_model(&format!("RetNet {dtype:?}"), &model(&config, dtype, &device), 6, 60, tolerance);
+    }
+}
+
 #[test]
 fn generation_is_the_cpus() {
     let Some(device) = gpu() else { return };
