@@ -174,18 +174,18 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
             chunks.prepare(chunk + 1, through);
         };
         C16x8 s[COLUMNS / 8], sum[C / 8];
-        typename F::A a[BATCH], weighted[C / 16];
+        typename F::A a[2][BATCH], weighted[C / 16];
         auto convert = [&](int begin) {
 #pragma unroll
             for (int i = 0; i < BATCH; ++i)
-                a[i] = F::a(state.at[2 * (begin + i)], state.at[2 * (begin + i) + 1], SHRINK<E>);
+                a[begin / BATCH % 2][i] = F::a(state.at[2 * (begin + i)], state.at[2 * (begin + i) + 1], SHRINK<E>);
         };
         auto from_state = [&](int begin) {
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 int key = 16 * (begin + i);
                 uint64_t q = describe(own.own_keys(queries)) + (key / 64 * S::PANEL + key % 64 * 2) / 16;
-                Products<E, C>::template multiply<false>(sum, a[i].at, q, key > 0);
+                Products<E, C>::template multiply<false>(sum, a[begin / BATCH % 2][i].at, q, key > 0);
             }
             commit_products();
         };
@@ -217,7 +217,7 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
         publish();
 #pragma unroll
         for (int step = BATCH; step < STEPS; step += BATCH) {
-            wait_products<0>();
+            wait_products<1>();
             convert(step);
             begin_products();
             from_state(step);

@@ -208,13 +208,13 @@ pub(super) struct Locks<'a> {
 impl<'a> Locks<'a> {
     pub(super) fn new(walk: &Walk<'a>, states: Option<&'a Tensor>) -> Self {
         let all = [
-            ("q", Some(walk.q)),
-            ("k", Some(walk.k)),
-            ("v", Some(walk.v)),
-            ("log_decay", Some(walk.decays.log_decay)),
-            ("segments", walk.decays.marks),
-            ("initial_state", walk.initial),
-            ("states", states),
+            ("retention: q", Some(walk.q)),
+            ("retention: k", Some(walk.k)),
+            ("retention: v", Some(walk.v)),
+            ("retention: log_decay", Some(walk.decays.log_decay)),
+            ("retention: segments", walk.decays.marks),
+            ("retention: initial_state", walk.initial),
+            ("retention: states", states),
         ];
         Self { tensors: all.into_iter().filter_map(|(name, x)| Some((name, Held::new(x?)))).collect() }
     }
@@ -228,7 +228,7 @@ impl<'a> Locks<'a> {
         guards: &mut Guards<'s>,
     ) -> Result<Arguments> {
         let mut pointer = |name: &str| match self.tensors.iter().find(|(own, _)| *own == name) {
-            Some((_, held)) => held.pointer(&format!("retention: {name}"), device, stream, guards),
+            Some((_, held)) => held.pointer(name, device, stream, guards),
             None => Ok::<_, Error>(0),
         };
         let heads = walk.decays.heads;
@@ -239,17 +239,21 @@ impl<'a> Locks<'a> {
             aligned &= heads.data.is_multiple_of(16) && places.iter().all(|n| n.is_multiple_of(16));
             Ok::<_, Error>(heads)
         };
-        let (q, k, v) = (sequence("q", walk.q)?, sequence("k", walk.k)?, sequence("v", walk.v)?);
+        let (q, k, v) = (
+            sequence("retention: q", walk.q)?,
+            sequence("retention: k", walk.k)?,
+            sequence("retention: v", walk.v)?,
+        );
         let [_, length, heads, keys, values] = walk.dims()?;
         let [key_step, value_step] = if walk.transposed { [1, keys] } else { [values, 1] };
         Ok(Arguments {
             q,
             k,
             v,
-            log_decay: pointer("log_decay")?,
-            marks: pointer("segments")?,
-            initial: pointer("initial_state")?,
-            carried: pointer("states")?,
+            log_decay: pointer("retention: log_decay")?,
+            marks: pointer("retention: segments")?,
+            initial: pointer("retention: initial_state")?,
+            carried: pointer("retention: states")?,
             key_step: key_step as i64,
             value_step: value_step as i64,
             inner: walk.inner,
