@@ -1,7 +1,7 @@
 //! What the backward pass holds while it goes through a piece: copies of the arguments as products want them.
 
-use super::decay::Weights;
 use super::Operands;
+use super::decay::Weights;
 use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Real, Simd};
@@ -56,8 +56,8 @@ pub(super) struct Scratch<T> {
     /// Paths from the state before to each token, and from each token to the state after.
     pub(super) before: Vec<T>,
     pub(super) after: Vec<T>,
-    /// The piece that comes next.
-    pub(super) next: Option<Piece>,
+    /// The piece that comes next, and of which row and head.
+    pub(super) next: Option<([usize; 2], Piece)>,
 }
 
 impl<T: Real> Scratch<T> {
@@ -87,7 +87,13 @@ impl<T: Real> Scratch<T> {
 
     /// Copies queries, keys and values of a piece.
     #[inline(always)]
-    pub(super) fn take_up<S: Simd<T>>(&mut self, s: S, operands: &Operands<T>, task: [usize; 2], piece: &Piece) {
+    pub(super) fn take_up<S: Simd<T>>(
+        &mut self,
+        s: S,
+        operands: &Operands<T>,
+        task: [usize; 2],
+        piece: &Piece,
+    ) {
         let [q, k, v] = operands.matrices(task, &piece.tokens);
         self.q.fill(s, q, |_| T::ONE);
         self.k.fill(s, k, |_| T::ONE);
