@@ -13,9 +13,9 @@
 //
 // Grid (slices of 64 WV values, batch * heads, segments), 128 WV WK threads, one block a multiprocessor.
 // Bytes: q, k, v read and o written once (q and k once a slice, from L2); with several segments k and v once more.
-// Measured on an H100, bf16, kernels alone (floor): h96 0.37 ms (0.27), d256 0.57 (0.36), retnet-1.3b 0.33 (0.13). What is
-// between is the chain of a chunk's steps, which one block does not hide: faster needs two blocks' worth of registers, or
-// warps of their own for loads and decays.
+// Measured on an H100, bf16, kernels in a graph (floor): h96 0.286 ms (0.267), d256 0.50 (0.36), retnet-1.3b 0.27 (0.13).
+// What is between is the chain of a chunk's steps, which one block does not hide: faster needs two blocks' worth of
+// registers, or warps of their own for loads and decays.
 #pragma once
 #include "retention_hopper_parts.cuh"
 

@@ -22,6 +22,9 @@ fn compare(device: &Device, case: &Case, t: &[Tensor], segments: Option<&Segment
     let what = format!("{case:?} {dtype:?} segments {} {NAMES:?}", segments.is_some());
     let used = if case.state { 5 } else { 4 };
     agree(&what, device, &t[..used], tolerance(dtype), |x| case.run(x, segments));
+    if dtype == DType::F32 {
+        return;
+    }
     // decays that do not learn leave the products to the dtype itself
     let (decay, others) = (to(&t[3..4], device).remove(0), [&t[..3], &t[4..used]].concat());
     agree(&format!("{what}, decays fixed"), device, &others, tolerance(dtype), |x| {

@@ -283,7 +283,7 @@ impl Launcher<'_> {
     /// The pointers of `arguments` lead to what its sizes say.
     unsafe fn walk<E: Element>(&self, name: &str, walk: &Walk, arguments: Arguments) -> Result<()> {
         let [batch, _, heads, keys, values] = walk.dims()?;
-        let kernel = Kernel::new(keys, values, &walk.decays.plan.target);
+        let kernel = Kernel::new(keys, values, &walk.decays.plan);
         let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
         let module = match (E::NAME, kernel.hopper) {
             ("bf16", false) => Module::RetentionBf16,
@@ -310,7 +310,7 @@ impl Launcher<'_> {
     /// As [`Launcher::walk`].
     unsafe fn step<E: Element>(&self, walk: &Walk, arguments: Arguments) -> Result<()> {
         let [batch, _, heads, keys, values] = walk.dims()?;
-        let kernel = Kernel::new(keys, values, &walk.decays.plan.target);
+        let kernel = Kernel::new(keys, values, &walk.decays.plan);
         let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
         let launch = Launch {
             what: self.what,

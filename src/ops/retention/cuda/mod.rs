@@ -24,7 +24,7 @@ use crate::Result;
 use crate::backend::cuda::{device_of, is_hopper, multiprocessors};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
-use plan::{Plan, Target};
+use plan::Target;
 
 /// Retention of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
@@ -44,10 +44,9 @@ pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, 
         multiprocessors: multiprocessors(&device)?,
         hopper: is_hopper(&device)?,
     };
-    let Some(segment) = plan::segment(&sizes, &target, learns_decay) else {
+    let Some(plan) = plan::plan(&sizes, target, learns_decay) else {
         return Ok(None);
     };
-    let plan = Plan { segment, target };
     let initial_state = args.initial_state.map(|state| state.to_dtype(DType::F32)).transpose()?;
     let unified = Retention {
         q: &args.q.to_dtype(sequence)?,

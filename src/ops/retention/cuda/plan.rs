@@ -13,8 +13,9 @@ const WIDE: usize = 128;
 const WIDE_KEYS: usize = 256;
 /// Keys of a warp.
 const WARP_KEYS: usize = 128;
-/// What the states of segments cost, next to the outputs.
+/// What the states of segments cost, and what narrow slices do on Hopper, next to the outputs of wide ones.
 const STATES_COST: f64 = 0.5;
+const NARROW_COST: f64 = 0.8;
 /// Bytes of a state's number.
 const STATE_BYTES: usize = 4;
 /// Bounds of a grid, and of the integers that kernels count with.
@@ -53,16 +54,20 @@ pub(super) struct Target {
 pub(super) struct Plan {
     /// Tokens of a segment.
     pub(super) segment: usize,
+    /// Whether slices of values are narrow where wide ones would do.
+    pub(super) narrow: bool,
     pub(super) target: Target,
 }
 
 impl Kernel {
     /// `None` where none has room.
-    pub(super) fn new(keys: usize, values: usize, target: &Target) -> Option<Self> {
+    pub(super) fn new(keys: usize, values: usize, plan: &Plan) -> Option<Self> {
         let keys = KEYS.into_iter().find(|room| *room >= keys)?;
-        let short = target.bytes == 2;
-        let wide = short && values > NARROW && keys <= WIDE_KEYS;
-        Some(Self { keys, values: if wide { WIDE } else { NARROW }, hopper: short && target.hopper })
+        let short = plan.target.bytes == 2;
+        // a slice's state is what a group has room for
+        let narrow = plan.narrow && keys <= WARP_KEYS;
+        let wide = short && values > NARROW && keys <= WIDE_KEYS && !narrow;
+        Some(Self { keys, values: if wide { WIDE } else { NARROW }, hopper: short && plan.target.hopper })
     }
 
     pub(super) fn threads(&self) -> u32 {
@@ -81,18 +86,22 @@ impl Kernel {
     }
 }
 
-/// Tokens of a segment; `None` where no kernel takes the call, forward or backward.
+/// The layout of a call; `None` where no kernel takes it, forward or backward.
 /// With a decay that learns segments are short, but so long that their states hold no more numbers than keys and values.
-pub(super) fn segment(sizes: &Sizes, target: &Target, learns_decay: bool) -> Option<usize> {
+pub(super) fn plan(sizes: &Sizes, target: Target, learns_decay: bool) -> Option<Plan> {
     let Sizes { batch, length, heads, keys, values, .. } = *sizes;
-    let kernel = Kernel::new(keys, values, target)?;
-    Kernel::new(values, keys, target)?;
+    let whole = Plan { segment: length.next_multiple_of(TOKENS), narrow: false, target };
+    let kernel = Kernel::new(keys, values, &whole)?;
+    Kernel::new(values, keys, &whole)?;
     let rows = batch * heads;
     if rows * length == 0 || rows > MOST_BLOCKS || length > MOST_TOKENS {
         return None;
     }
-    let tokens = match learns_decay {
-        true => (2 * keys * values / (keys + values)).next_multiple_of(TOKENS).max(2 * TOKENS),
+    let plan = match learns_decay {
+        true => {
+            let tokens = (2 * keys * values / (keys + values)).next_multiple_of(TOKENS);
+            Plan { segment: tokens.max(2 * TOKENS), ..whole }
+        }
         false => {
             let blocks = rows * values.div_ceil(kernel.values);
             let room = target.multiprocessors * kernel.together();
@@ -105,10 +114,16 @@ pub(super) fn segment(sizes: &Sizes, target: &Target, learns_decay: bool) -> Opt
             };
             let most = (length / LEAST_TOKENS).clamp(1, MOST_BLOCKS);
             let segments = (1..=most).min_by(|a, b| cost(a).total_cmp(&cost(b)))?;
-            length.div_ceil(segments).next_multiple_of(TOKENS)
+            let narrow =
+                Plan { narrow: kernel.hopper && kernel.values == WIDE && kernel.keys <= WARP_KEYS, ..whole };
+            let at_once = rows * values.div_ceil(NARROW) <= room;
+            match narrow.narrow && at_once && NARROW_COST + traffic < cost(&segments) {
+                true => narrow,
+                false => Plan { segment: length.div_ceil(segments).next_multiple_of(TOKENS), ..whole },
+            }
         }
     };
-    (length.div_ceil(tokens) <= MOST_BLOCKS).then_some(tokens)
+    (length.div_ceil(plan.segment) <= MOST_BLOCKS).then_some(plan)
 }
 
 #[cfg(test)]
@@ -117,15 +132,20 @@ mod tests {
 
     const H100: Target = Target { bytes: 2, multiprocessors: 132, hopper: true };
 
-    fn tokens(batch: usize, length: usize, heads: usize, keys: usize, values: usize) -> Option<usize> {
+    fn laid_out(batch: usize, length: usize, heads: usize, keys: usize, values: usize) -> Option<Plan> {
         let sizes = Sizes { batch, length, heads, keys, values, groups: [heads; 3], per_token: false };
-        segment(&sizes, &H100, false)
+        plan(&sizes, H100, false)
+    }
+
+    fn tokens(batch: usize, length: usize, heads: usize, keys: usize, values: usize) -> Option<usize> {
+        laid_out(batch, length, heads, keys, values).map(|plan| plan.segment)
     }
 
     #[test]
     fn a_kernel_has_room_for_the_keys() {
         let kernel = |keys, values, bytes| {
-            Kernel::new(keys, values, &Target { bytes, ..H100 }).map(|k| [k.keys, k.values])
+            let plan = Plan { segment: 64, narrow: false, target: Target { bytes, ..H100 } };
+            Kernel::new(keys, values, &plan).map(|k| [k.keys, k.values])
         };
         assert_eq!(kernel(16, 16, 2), Some([64, 64]));
         assert_eq!(kernel(65, 65, 2), Some([128, 128]));
@@ -148,6 +168,20 @@ mod tests {
         assert_eq!(tokens(2, 16_384, 16, 128, 128), Some(4096));
         assert_eq!(tokens(1, 65_536, 8, 256, 512), Some(16_384));
         assert_eq!(tokens(1, 100, 1, 64, 64), Some(128));
+    }
+
+    #[test]
+    fn slices_are_narrow_where_they_fill_the_device_in_one_go() {
+        let narrow = |batch, length, heads, keys, values| {
+            laid_out(batch, length, heads, keys, values).map(|plan| plan.narrow)
+        };
+        assert_eq!(narrow(4, 2048, 16, 128, 128), Some(true));
+        assert_eq!(narrow(2, 16_384, 16, 128, 128), Some(false));
+        assert_eq!(narrow(1, 8192, 96, 128, 128), Some(false));
+        assert_eq!(narrow(8, 2048, 8, 256, 512), Some(false));
+        let plan = Plan { segment: 64, narrow: true, target: H100 };
+        assert_eq!(Kernel::new(128, 128, &plan).map(|k| k.values), Some(64));
+        assert_eq!(Kernel::new(256, 128, &plan).map(|k| k.values), Some(128));
     }
 
     #[test]
@@ -175,7 +209,8 @@ mod tests {
             groups: [8; 3],
             per_token: true,
         };
-        assert_eq!(segment(&sizes(128, 128), &H100, true), Some(128));
-        assert_eq!(segment(&sizes(256, 512), &H100, true), Some(384));
+        let tokens = |keys, values| plan(&sizes(keys, values), H100, true).map(|plan| plan.segment);
+        assert_eq!(tokens(128, 128), Some(128));
+        assert_eq!(tokens(256, 512), Some(384));
     }
 }
