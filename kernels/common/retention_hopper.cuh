@@ -84,8 +84,8 @@ template <typename E, typename S> __device__ __forceinline__ void states(const R
     if (chunks.constant) {
         one = Decay(p, at, at.begin);
         through.log = one.log * at.tokens, through.resets = one.resets;
-        // what decays would make negligible by the segment's end need not be read
-        float counting = one.resets ? 0.0f : NEGLIGIBLE / float(-one.log * C);
+        // what decays would make negligible by the segment's end need not be read: nothing if a decay is 1
+        float counting = one.resets ? 0.0f : NEGLIGIBLE / fabsf(float(one.log * C));
         if (counting < float(chunks.count)) chunk = chunks.count - 1 - min(chunks.count - 1, int(counting) + 1);
     }
     chunks.first = chunk;

@@ -164,10 +164,10 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     Decay through;
     bool constant = !p.per_token && !p.marks;
     if (!S::OUTPUTS && constant) {
-        // what decays would make negligible by the segment's end need not be read
+        // what decays would make negligible by the segment's end need not be read: nothing if a decay is 1
         Decay one(p, at, at.begin);
         through.log = one.log * at.tokens, through.resets = one.resets;
-        float counting = one.resets ? 0.0f : NEGLIGIBLE / float(-one.log * C);
+        float counting = one.resets ? 0.0f : NEGLIGIBLE / fabsf(float(one.log * C));
         if (counting < float(chunks)) chunk = chunks - 1 - min(chunks - 1, int(counting) + 1);
     }
     auto ask = [&](int stage, int chunk) {
