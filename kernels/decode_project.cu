@@ -5,13 +5,12 @@
 // and, where `taps` are given (the mixer's first projection), the causal convolution with SiLU of the first D outputs as
 // soon as they are there, through a pool of states: row r is token r % T of sequence r / T, whose state is slots[r / T].
 //
-// Grid: as many blocks of 8 warps as stay on the device at once; they take turns at the outputs, OUT for every `split`
-// warps, which share one output's K where there are few outputs. Lanes go through K in steps of 16 bytes, and the next
-// weights, those of the next turn too, are on their way while the last are used. normed: every block takes the norm for
-// itself, from L2, into shared memory (R K elements), while its first weights are on their way. A block lets the next kernel
-// begin at once (programmatic launch): what comes before wait_for_previous() reads nothing that another kernel wrote.
+// Grid: OUT outputs for every `split` warps, 8 warps a block. Lanes go through K in steps of 16 bytes; `split` warps share
+// one output's K where there are few outputs. normed: every block takes the norm for itself, from L2, into shared memory
+// (R K elements), while its first weights are on their way. A block lets the next kernel begin at once (programmatic
+// launch): what comes before wait_for_previous() reads nothing that another kernel wrote.
 //
-// Bytes: O K weights, once; all else is small and in L2.
+// Bytes: O K weights, once; all else is small and in L2. Registers: 40 to 120.
 #include "common/decode.cuh"
 
 constexpr int THREADS = 256;
@@ -161,107 +160,89 @@ template <typename E, int ROWS, bool NORMED> __device__ void project(const Proje
     E *normed = reinterpret_cast<E *>(bytes);
     let_next_begin();
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, part = warp % p.split;
+    int first = ((blockIdx.x * WARPS + warp) / p.split) * OUT;
     int step = p.split * LANES * WIDTH, begin = (part * LANES + lane) * WIDTH;
-    int rounds = (p.inputs + AHEAD * step - 1) / (AHEAD * step);
-    int turns = ((p.outputs + OUT - 1) / OUT * p.split + WARPS - 1) / WARPS;
-    auto first_of = [&](int turn) { return (turn * WARPS + warp) / p.split * OUT; };
-    Vector<E> next[AHEAD][OUT];
-    auto fetch = [&](int turn, int round) {
-        int first = first_of(turn), k = begin + round * AHEAD * step;
-        const E *weight = static_cast<const E *>(p.weight) + int64_t(first) * p.inputs + k;
+    const E *weight = static_cast<const E *>(p.weight) + int64_t(first) * p.inputs;
+    Vector<E> w[AHEAD][OUT];
+    auto fetch = [&](int k) {
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
             for (int j = 0; j < OUT; ++j) {
                 bool there = k + a * step < p.inputs && first + j < p.outputs;
-                next[a][j] = there ? load_streaming(weight + int64_t(j) * p.inputs + a * step) : Vector<E>{};
+                w[a][j] = there ? load_streaming(weight + int64_t(j) * p.inputs + k + a * step) : Vector<E>{};
             }
     };
-    fetch(blockIdx.x, 0);
+    fetch(begin);
     // the lane of output lane / sequences and sequence lane % sequences
     int sequences = p.tokens ? p.rows / p.tokens : 1, own = lane / sequences, sequence = lane % sequences;
-    int tokens = p.tokens ? p.tokens : p.rows;
+    Filter filter;
+    filter.load_taps(p, first + own, own < OUT && first + own < p.outputs && part == 0);
     wait_for_previous();
+    filter.load_window(p, first + own, sequence);
     if (NORMED) take_norm<E, ROWS>(p, normed);
     const E *x = NORMED ? normed : static_cast<const E *>(p.x);
-    for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {
-        int first = first_of(turn), output = first + own;
-        bool writes = own < OUT && output < p.outputs && part == 0;
-        Filter filter;
-        filter.load_taps(p, output, writes);
-        filter.load_window(p, output, sequence);
-        float sums[OUT][ROWS] = {};
-        for (int round = 0; round < rounds; ++round) {
-            Vector<E> w[AHEAD][OUT];
+    float sums[OUT][ROWS] = {};
+    for (int k = begin; k < p.inputs; k += AHEAD * step) {
+        if (k != begin) fetch(k);
 #pragma unroll
-            for (int a = 0; a < AHEAD; ++a)
+        for (int a = 0; a < AHEAD; ++a) {
+            if (k + a * step >= p.inputs) break;
 #pragma unroll
-                for (int j = 0; j < OUT; ++j) w[a][j] = next[a][j];
-            if (round + 1 < rounds)
-                fetch(turn, round + 1);
-            else if (turn + gridDim.x < turns)
-                fetch(turn + gridDim.x, 0);
+            for (int r = 0; r < ROWS; ++r) {
+                if (r >= p.rows) break;
+                Vector<E> v = *reinterpret_cast<const Vector<E> *>(x + int64_t(r) * p.inputs + k + a * step);
 #pragma unroll
-            for (int a = 0; a < AHEAD; ++a) {
-                int k = begin + (round * AHEAD + a) * step;
-                if (k >= p.inputs) break;
+                for (int i = 0; i < WIDTH; ++i) {
+                    float value = widen(v.at[i]);
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    if (r >= p.rows) break;
-                    Vector<E> v = *reinterpret_cast<const Vector<E> *>(x + int64_t(r) * p.inputs + k);
-#pragma unroll
-                    for (int i = 0; i < WIDTH; ++i) {
-                        float value = widen(v.at[i]);
-#pragma unroll
-                        for (int j = 0; j < OUT; ++j) sums[j][r] = fmaf(widen(w[a][j].at[i]), value, sums[j][r]);
-                    }
+                    for (int j = 0; j < OUT; ++j) sums[j][r] = fmaf(widen(w[a][j].at[i]), value, sums[j][r]);
                 }
             }
         }
+    }
 #pragma unroll
-        for (int j = 0; j < OUT; ++j)
+    for (int j = 0; j < OUT; ++j)
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) sums[j][r] = warp_sum(sums[j][r]);
-        if (p.split > 1) {
-            // the last turn's shares have been read
-            __syncthreads();
-            if (lane == 0)
-#pragma unroll
-                for (int j = 0; j < OUT; ++j)
-#pragma unroll
-                    for (int r = 0; r < ROWS; ++r) shares[warp][j * ROWS + r] = sums[j][r];
-            __syncthreads();
-            if (part == 0)
-#pragma unroll
-                for (int j = 0; j < OUT; ++j)
-#pragma unroll
-                    for (int r = 0; r < ROWS; ++r) {
-                        sums[j][r] = 0.0f;
-                        for (int s = 0; s < p.split; ++s) sums[j][r] += shares[warp + s][j * ROWS + r];
-                    }
-        }
-        if (!writes) continue;
-        float bias = p.bias ? widen(static_cast<const E *>(p.bias)[output]) : 0.0f;
-        for (int t = 0; t < tokens; ++t) {
-            int row = sequence * tokens + t;
-            float sum = 0.0f;
+        for (int r = 0; r < ROWS; ++r) sums[j][r] = warp_sum(sums[j][r]);
+    if (p.split > 1) {
+        if (lane == 0)
 #pragma unroll
             for (int j = 0; j < OUT; ++j)
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r)
-                    if (j == own && r == row) sum = sums[j][r];
-            E y = narrow<E>(sum + bias);
-            static_cast<E *>(p.y)[int64_t(row) * p.outputs + output] = y;
-            if (filter.live) static_cast<E *>(p.u)[int64_t(row) * p.channels + output] = narrow<E>(filter.next(widen(y)));
-        }
-        if (p.keep) filter.store_window(p, output);
+                for (int r = 0; r < ROWS; ++r) shares[warp][j * ROWS + r] = sums[j][r];
+        __syncthreads();
+        if (part) return;
+#pragma unroll
+        for (int j = 0; j < OUT; ++j)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                sums[j][r] = 0.0f;
+                for (int s = 0; s < p.split; ++s) sums[j][r] += shares[warp + s][j * ROWS + r];
+            }
     }
+    if (own >= OUT || first + own >= p.outputs) return;
+    int output = first + own, tokens = p.tokens ? p.tokens : p.rows;
+    float bias = p.bias ? widen(static_cast<const E *>(p.bias)[output]) : 0.0f;
+    for (int t = 0; t < tokens; ++t) {
+        int row = sequence * tokens + t;
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < OUT; ++j)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r)
+                if (j == own && r == row) sum = sums[j][r];
+        E y = narrow<E>(sum + bias);
+        static_cast<E *>(p.y)[int64_t(row) * p.outputs + output] = y;
+        if (filter.live) static_cast<E *>(p.u)[int64_t(row) * p.channels + output] = narrow<E>(filter.next(widen(y)));
+    }
+    if (p.keep) filter.store_window(p, output);
 }
 
 #define KERNEL(E, ROWS)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
         decode_project_##E##_##ROWS(const __grid_constant__ Project p) { project<E, ROWS, false>(p); }                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
         decode_normed_##E##_##ROWS(const __grid_constant__ Project p) { project<E, ROWS, true>(p); }
 #define KERNELS(E) KERNEL(E, 1) KERNEL(E, 2) KERNEL(E, 4) KERNEL(E, 8)
 KERNELS(float)

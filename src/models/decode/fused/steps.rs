@@ -4,7 +4,7 @@ use super::kernels::{Argmax, Embed, Filter, Project, State};
 use super::weights::{Norm, Weight, pointer};
 use super::{CHOSEN, COUNTS, Fused, IDS, MOST_ROWS, SLOTS, Shape};
 use crate::Result;
-use crate::backend::cuda::{Element, Launch, Module, multiprocessors};
+use crate::backend::cuda::{Element, Launch, Module};
 use crate::ops::norm::NormKind;
 use candle_core::DType;
 use half::{bf16, f16};
@@ -18,9 +18,8 @@ const WARPS: usize = PROJECT_THREADS / LANES;
 /// Numbers of a state in one lane, and lanes that one may be spread over.
 const STATE_NUMBERS: usize = 4;
 const SPLITS: [usize; 6] = [1, 2, 4, 8, 16, 32];
-/// Warps that fill a GPU, and blocks that a multiprocessor has at a time.
+/// Warps that fill a GPU.
 const ENOUGH_WARPS: usize = 4096;
-const RESIDENT_BLOCKS: usize = 2;
 
 /// Rows that the kernels of a projection are made for, the outputs of a warp with each.
 const KERNELS: [(usize, usize); 4] = [(1, 1), (2, 2), (4, 2), (MOST_ROWS, 4)];
@@ -32,7 +31,6 @@ struct Layout {
     rows: usize,
     /// Warps that share an output.
     split: usize,
-    /// Blocks, were each to take one turn.
     blocks: usize,
 }
 
@@ -240,7 +238,7 @@ impl Fused {
         let kernel = format!("decode_{kind}_{}_{}", self.element(), layout.rows);
         let project = Project { weight: weight.pointer, split: layout.split as i32, ..project };
         let memory = if normed { rows * inputs * bytes } else { 0 };
-        let grid = [layout.blocks.min(RESIDENT_BLOCKS * multiprocessors(&self.device)?), 1, 1];
+        let grid = [layout.blocks, 1, 1];
         self.put(Module::DecodeProject, &kernel, grid, PROJECT_THREADS, &project, memory, self.early)
     }
 
