@@ -11,19 +11,15 @@ use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, DType, Tensor};
 use half::{bf16, f16};
 
-/// Threads of a block, and channels of one access, as the kernels have them; forward reads more channels of fewer bytes at
-/// once where the filter is short.
+/// Threads of a block, and channels of one access, as the kernels have them.
 const THREADS: usize = 128;
 const WIDTH: usize = 4;
-const FEW_THREADS: usize = 64;
-const FULL_WIDTH: usize = 8;
-const FULL_TAPS: usize = 4;
 /// Columns that a block of the sum adds up.
 const SUM_COLUMNS: usize = 32;
 /// Filters with up to as many taps have kernels.
 const TAPS: [usize; 3] = [2, 4, 8];
 /// Tokens of a strip: as many as still leave each multiprocessor some blocks.
-const FORWARD_STRIPS: [usize; 4] = [64, 32, 16, 8];
+const FORWARD_STRIPS: [usize; 3] = [32, 16, 8];
 const BACKWARD_STRIPS: [usize; 3] = [64, 32, 16];
 const BLOCKS: usize = 8;
 /// The most blocks of a grid's second and third dimension.
@@ -38,34 +34,25 @@ struct Plan {
 }
 
 impl Plan {
-    /// For a device of `count` multiprocessors and accesses of up to `width` channels; `None` where no kernel takes the call.
-    fn new(sizes: &Sizes, width: usize, strips: &[usize], count: usize) -> Option<Self> {
+    /// For a device of `count` multiprocessors; `None` where no kernel takes the call.
+    fn new(sizes: &Sizes, aligned: bool, strips: [usize; 3], count: usize) -> Option<Self> {
         let Sizes { batch, length, channels, taps } = *sizes;
         let taps = TAPS.into_iter().find(|most| *most >= taps)?;
-        let fits = |own: &usize| {
-            *own <= width && channels.is_multiple_of(*own) && (*own < FULL_WIDTH || taps <= FULL_TAPS)
-        };
-        let width = [FULL_WIDTH, WIDTH, 1].into_iter().find(fits)?;
-        let mut plan = Self { taps, width, strip: 0 };
-        let columns = (channels / width).div_ceil(plan.threads());
+        let width = if aligned && channels.is_multiple_of(WIDTH) { WIDTH } else { 1 };
+        let columns = (channels / width).div_ceil(THREADS);
         if batch * length * channels == 0
             || batch.max(columns) > MOST_BLOCKS
             || length >= i32::MAX as usize / 2
         {
             return None;
         }
-        let enough = |strip: &&usize| length.div_ceil(**strip) * columns * batch >= count * BLOCKS;
-        plan.strip = *strips.iter().find(enough).or(strips.last())?;
-        Some(plan)
-    }
-
-    fn threads(&self) -> usize {
-        if self.width == FULL_WIDTH { FEW_THREADS } else { THREADS }
+        let enough = |strip: &usize| length.div_ceil(*strip) * columns * batch >= count * BLOCKS;
+        let strip = strips.into_iter().find(enough).unwrap_or(strips[2]);
+        Some(Self { taps, width, strip })
     }
 
     fn grid(&self, sizes: &Sizes) -> [usize; 3] {
-        let columns = (sizes.channels / self.width).div_ceil(self.threads());
-        [sizes.length.div_ceil(self.strip), columns, sizes.batch]
+        [sizes.length.div_ceil(self.strip), (sizes.channels / self.width).div_ceil(THREADS), sizes.batch]
     }
 
     fn kernel<E: Element>(&self, pass: &str) -> String {
@@ -132,13 +119,9 @@ struct Saved {
     sizes: Sizes,
 }
 
-/// The most channels that one access to `x` can read.
-fn access(x: &Tensor) -> usize {
+fn aligned(x: &Tensor) -> bool {
     let [row, token] = [x.stride()[0], x.stride()[1]];
-    let whole =
-        |width: &usize| [x.layout().start_offset(), row, token].iter().all(|n| n.is_multiple_of(*width));
-    let widths = if x.dtype().size_in_bytes() == 2 { [FULL_WIDTH, WIDTH] } else { [WIDTH, WIDTH] };
-    widths.into_iter().find(whole).unwrap_or(1)
+    [x.layout().start_offset(), row, token].iter().all(|n| n.is_multiple_of(WIDTH))
 }
 
 fn strided(x: &Tensor) -> Result<Tensor> {
@@ -223,7 +206,6 @@ impl Saved {
         device: &CudaDevice,
         kernel: &str,
         grid: [usize; 3],
-        threads: usize,
         arguments: &[&dyn Argument],
     ) -> Result<()> {
         let what = &format!("causal_conv1d of {:?}, K = {}", self.x.dims(), self.sizes.taps);
@@ -233,7 +215,7 @@ impl Saved {
             module: Module::CausalConv1d,
             kernel,
             grid,
-            threads: threads as u32,
+            threads: THREADS as u32,
             dynamic: false,
         };
         // SAFETY: the caller's promise.
@@ -254,8 +236,7 @@ impl Saved {
             call.last = last.pointer(&stream, guards);
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the sizes that are filled.
             unsafe {
-                let kernel = plan.kernel::<E>("fwd");
-                self.launch(device, &kernel, plan.grid(&self.sizes), plan.threads(), &[&Packed(call)])?
+                self.launch(device, &plan.kernel::<E>("fwd"), plan.grid(&self.sizes), &[&Packed(call)])?
             };
         }
         Ok((y, last))
@@ -268,7 +249,7 @@ impl Saved {
         let stream = device.cuda_stream();
         let dy = dy.map_or_else(|| Ok(self.x.zeros_like()?), strided)?;
         let dfinal = dfinal.map(|dfinal| dfinal.detach().contiguous()).transpose()?;
-        let plan = self.plan(access(&self.x).min(access(&dy)).min(WIDTH), &BACKWARD_STRIPS, device)?;
+        let plan = self.plan(aligned(&self.x) && aligned(&dy), BACKWARD_STRIPS, device)?;
         let plan =
             plan.ok_or_else(|| Error::value("causal_conv1d", "a shape that forward took", "another"))?;
         let grid = plan.grid(&self.sizes);
@@ -290,9 +271,8 @@ impl Saved {
             let arguments: [&dyn Argument; 6] = [&dweight, &dbias, &call.shares, &count, &channels, &taps];
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the sizes that are filled.
             unsafe {
-                self.launch(device, &plan.kernel::<E>("bwd"), grid, THREADS, &[&Packed(call)])?;
-                let columns = [size.div_ceil(SUM_COLUMNS), 1, 1];
-                self.launch(device, "causal_conv1d_sum", columns, THREADS, &arguments)?;
+                self.launch(device, &plan.kernel::<E>("bwd"), grid, &[&Packed(call)])?;
+                self.launch(device, "causal_conv1d_sum", [size.div_ceil(SUM_COLUMNS), 1, 1], &arguments)?;
             }
         }
         let mut gradients = vec![
@@ -305,8 +285,8 @@ impl Saved {
         Ok(gradients)
     }
 
-    fn plan(&self, width: usize, strips: &[usize], device: &CudaDevice) -> Result<Option<Plan>> {
-        Ok(Plan::new(&self.sizes, width, strips, multiprocessors(device)?))
+    fn plan(&self, aligned: bool, strips: [usize; 3], device: &CudaDevice) -> Result<Option<Plan>> {
+        Ok(Plan::new(&self.sizes, aligned, strips, multiprocessors(device)?))
     }
 }
 
@@ -324,9 +304,9 @@ struct Locks<'a> {
 fn recorded<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let device = device_of(args.x)?;
     let saved = Saved::new(args, sizes)?;
-    let Some(plan) = saved.plan(access(&saved.x), &FORWARD_STRIPS, &device)? else { return Ok(None) };
+    let Some(plan) = saved.plan(aligned(&saved.x), FORWARD_STRIPS, &device)? else { return Ok(None) };
     // backward may have to read unaligned gradients
-    if saved.plan(1, &BACKWARD_STRIPS, &device)?.is_none() {
+    if saved.plan(false, BACKWARD_STRIPS, &device)?.is_none() {
         return Ok(None);
     }
     let (y, last) = saved.forward::<E>(plan)?;
@@ -356,15 +336,13 @@ mod tests {
 
     #[test]
     fn strips_are_long_where_there_are_many() {
-        let plan = |batch, length, channels, taps, width| {
-            Plan::new(&Sizes { batch, length, channels, taps }, width, &FORWARD_STRIPS, 132)
+        let plan = |batch, length, channels, taps, aligned| {
+            Plan::new(&Sizes { batch, length, channels, taps }, aligned, FORWARD_STRIPS, 132)
         };
-        assert_eq!(plan(8, 2048, 1536, 4, 8), Some(Plan { taps: 4, width: 8, strip: 32 }));
-        assert_eq!(plan(8, 2048, 1536, 8, 8), Some(Plan { taps: 8, width: 4, strip: 32 }));
-        assert_eq!(plan(2, 8192, 5120, 4, 8), Some(Plan { taps: 4, width: 8, strip: 64 }));
-        assert_eq!(plan(1, 2048, 1536, 3, 4), Some(Plan { taps: 4, width: 4, strip: 8 }));
-        assert_eq!(plan(1, 10, 7, 2, 8), Some(Plan { taps: 2, width: 1, strip: 8 }));
-        assert_eq!(plan(1, 10, 8, 9, 8), None);
-        assert_eq!(plan(1, 0, 8, 4, 8), None);
+        assert_eq!(plan(8, 2048, 1536, 4, true), Some(Plan { taps: 4, width: 4, strip: 32 }));
+        assert_eq!(plan(1, 2048, 1536, 3, true), Some(Plan { taps: 4, width: 4, strip: 8 }));
+        assert_eq!(plan(1, 10, 7, 2, true), Some(Plan { taps: 2, width: 1, strip: 8 }));
+        assert_eq!(plan(1, 10, 8, 9, true), None);
+        assert_eq!(plan(1, 0, 8, 4, true), None);
     }
 }
