@@ -1,50 +1,26 @@
-// The selective scan, backward: all gradients from the states before every tile, which forward kept.
+// The selective scan, backward: all gradients from the states before every KEPT tokens, which forward kept.
 //
 // Grid and lanes as forward. Tiles go from the last to the first. Within one, a first walk leaves the state before every
 // group of 4 tokens in shared memory; then, group by group from the last, states and decays of 4 tokens are computed
 // again into registers, and the gradient of the state is carried back through them:
 //     dh_t = C_t g_t + carry      carry = 2^(a delta_t) dh_t
 //     dC += g_t h_t    dB += delta_t u_t dh_t    du, ddelta, dA from dh_t, carry and h_(t-1)
-// Two exponentials and some 24 instructions a number of the state. Shares of dB and dC are added up over a warp's channels
-// through shared memory, over the warps, and in selective_scan_coefficients over blocks: always in one order, no atomics.
+// Shares of dB and dC are added up over a warp's channels and those of y, du and ddelta over the parts of a state through
+// shared memory, then over the warps, and in selective_scan_coefficients over blocks: always in one order, no atomics.
 //
-// Shared memory 112 KB; 255 registers, no spills: 2 blocks a multiprocessor.
-// Bytes: u, delta, z, dy, B, C and 4 N bytes a channel and tile of states read; du, ddelta, dz and 8 N bytes a token and
-// block for dB and dC written. Floor on an H100: 2.2 clocks a channel and token of issue slots, 0.17 ms at the shape below.
-// Measured at B 64, D 1536, L 200, N 16, bf16: 0.57 ms; ncu: IPC 2.1, FMA 32% busy, DRAM 20%.
-// Faster still: more warps at once (registers bind), and dB and dC summed over a cluster of blocks.
+// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 75 KB of shared memory (f32: 90), 168
+// registers (198), no spills: 3 blocks (2) a multiprocessor.
+// Bytes: u, delta, z, dy, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a token
+// and block for dB and dC written.
+// One H100, N 16, bf16, with everything around it: 130m 0.87 ms, 1.4b 2.06, 2.8b-8k 2.76, short 0.59. ncu (1.4b): 32
+// instructions a number of the state, 18 of them in the walk back; IPC 2.2, FMA 33% busy, special functions 30%, shared
+// memory 70%, DRAM 21%: latency of shared memory binds, with 12 warps a multiprocessor. Sums over channels by the tensor
+// cores (numbers in two parts) took 39 instructions and were slower; eight numbers in a lane spill.
+// Faster still: y kept by forward, and finishing and preparing tiles in warps of their own.
 #include "common/scan_prepare.cuh"
+#include "common/scan_sums.cuh"
 
 constexpr int WARPS = THREADS / LANES;
-// Tokens whose states and decays are in registers at once.
-constexpr int MICRO = 4;
-
-// Tokens whose shares of dB and dC are summed over the warp at once.
-constexpr int BATCH = 2;
-
-// What the lanes of a warp have to add up: over the parts of a state, and over the channels.
-template <typename F> struct Sums {
-    static constexpr int PER = F::PER, STATES = F::STATES, SPLIT = F::SPLIT, OWNERS = F::OWNERS;
-    // By token: y, dx, dstep; each by part and channel.
-    static constexpr int KINDS = 3;
-    static constexpr int KIND = SPLIT * OWNERS * PER;
-    static constexpr int TOKEN = KINDS * KIND;
-    // By token, part and lane: dB's numbers, then dC's. Parts lie in other banks.
-    static constexpr int PART = (OWNERS + 1) * 2 * STATES;
-    float parts[SPLIT > 1 ? MICRO * TOKEN : 4];
-    float channels[BATCH][SPLIT * PART];
-
-    // Tokens that neighbouring lanes add up have their parts in another order, and so in other banks.
-    static __device__ __forceinline__ int part_place(int token, int part, int owner) {
-        return ((part ^ (token & (SPLIT / 2 - 1))) * OWNERS + owner) * PER;
-    }
-    // Pieces of four numbers of a lane, swizzled.
-    static __device__ __forceinline__ int piece(int part, int owner, int q) {
-        constexpr int PIECES = 2 * STATES / 4, TURN = 8 / PIECES;
-        return part * PART + owner * 2 * STATES + (q ^ (owner / TURN % PIECES)) * 4;
-    }
-};
-
 template <typename E, typename F> struct BackwardMemory {
     using T = Tile<E, F>;
     E u[2][T::SIZE], z[2][T::SIZE], dy[2][T::SIZE], delta[T::SIZE];

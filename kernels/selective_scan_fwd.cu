@@ -1,18 +1,20 @@
 // The selective scan, forward; src/ops/selective_scan has the formula, common/scan.cuh the shape of a block.
 //
-// Grid (blocks of channels, batch, chunks of time), 128 threads. Per tile of 16 tokens: sequences, B and C by asynchronous
-// copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the tokens with
-// 2 channels x 8 numbers of the state in registers; then skip weight, gate and store. With N = 16 a block has 128
-// channels, and B and C are read once for all of them.
+// Grid (blocks of channels, batch, chunks of time), 128 threads. Per tile of 16 or 32 tokens: sequences, B and C by
+// asynchronous copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the
+// tokens with its numbers of the state in registers; then skip weight, gate and store.
 //
-// Shared memory 41 KB (bf16), 64 KB (f32); 128 registers, no spills: 4 blocks (f32: 3) a multiprocessor.
-// Bytes: u, delta, z, B, C read once, y written once, and for training 4 N bytes a channel and tile of states.
+// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 45 KB, 92 registers, 5 blocks a
+// multiprocessor), two by four (64, 40 KB, 117, 4) or two by eight (128, 37 KB, 128, 4); no spills.
+// Bytes: u, delta, z, B, C read once, y written once, and for training 4 N bytes a channel and KEPT tokens of states.
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
 // that of memory (8 B D L bytes in bf16 at 3.02 TB/s).
-// Measured at B 64, D 1536, L 200, N 16, bf16: 0.171 ms, 2.3 times the floor; ncu: IPC 2.3, special functions 55% and FMA
-// 32% busy, DRAM 27%; the walk takes 60% of the time at 80% of the special functions' rate, widening and storing the rest.
-// Exponentials by FMA polynomials would cost as many issue slots as they free, so there are none.
-// Faster still: widen in a warp of its own while the others walk, so that the special functions never wait.
+// One H100, bf16, ms (share of the floor): 130m 0.212 (45%), 1.4b 0.480 (53%), 2.8b-8k 0.829 (39%), short 0.142 (53%).
+// ncu at 1.4b, two by four: 9.5 instructions a number of the state, 5.8 of them in the walk; IPC 2.5, special functions
+// 66% busy, FMA 36%, shared memory 62%, DRAM 33%. One by four: shared memory 78%, for what a lane reads serves one channel.
+// Where channels are few (130m, 2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
+// Exponentials by FMA polynomials would cost as many issue slots as they free, so there are none. Walking in some warps
+// while others prepare and finish, between the same barriers, took 17% more instructions and was slower.
 #include "common/scan_prepare.cuh"
 
 // Tokens whose numbers are on their way while those of as many others are used.
