@@ -313,21 +313,17 @@ fn recorded<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Ten
     let mut inputs = vec![args.x, args.weight];
     inputs.extend([args.bias, args.initial_state].into_iter().flatten());
     let dtypes: Vec<DType> = inputs.iter().map(|x| x.dtype()).collect();
-    let outputs = vec![
+    let outputs = [
         (y.storage(&device), args.x.shape().clone()),
         (last.storage(&device), (sizes.batch, sizes.channels, sizes.taps - 1).into()),
     ];
-    let outputs = record("causal_conv1d", &inputs, outputs, move |gradients| {
-        let [dy, dfinal] = gradients else { candle_core::bail!("causal_conv1d: expected two gradients") };
-        let gradients = saved.backward::<E>(dy.as_ref(), dfinal.as_ref())?;
+    let [y, state] = record("causal_conv1d", &inputs, outputs, move |[dy, dfinal]| {
+        let gradients = saved.backward::<E>(dy, dfinal)?;
         let own =
             |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()
     })?;
-    match <[Tensor; 2]>::try_from(outputs) {
-        Ok([y, state]) => Ok(Some((y, state))),
-        Err(other) => Err(Error::value("causal_conv1d: outputs", "2", other.len())),
-    }
+    Ok(Some((y, state)))
 }
 
 #[cfg(test)]

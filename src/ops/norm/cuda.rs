@@ -1,7 +1,7 @@
 //! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`.
 
 use super::{Norm, NormInput, NormKind};
-use crate::autograd::{Gradients, record};
+use crate::autograd::{Gradients, record_all};
 use crate::backend::cuda::{
     Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
     with_unit_stride,
@@ -361,7 +361,7 @@ fn recorded<E: Element, R: Element>(
     let dtypes: Vec<DType> = inputs.iter().map(|x| x.dtype()).collect();
     let mut outputs = vec![(y.storage(&device), shape.clone())];
     outputs.extend(sum.map(|sum| (sum.storage(&device), shape.clone())));
-    let outputs = record(name, &inputs, outputs, move |gradients| {
+    let outputs = record_all(name, &inputs, outputs, move |gradients| {
         let dsum = gradients.get(1).and_then(Option::as_ref);
         let dy = gradients.first().and_then(Option::as_ref);
         let gradients = saved.backward::<E, R>(dy, dsum)?;

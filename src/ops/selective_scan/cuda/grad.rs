@@ -9,7 +9,7 @@ use crate::backend::cuda::{
     self, Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride,
 };
 use crate::ops::selective_scan::{SelectiveScan, Sizes};
-use crate::{Error, Result};
+use crate::Result;
 use candle_core::{DType, Tensor};
 
 /// The scan of unified arguments.
@@ -32,15 +32,11 @@ pub(super) fn recorded<E: Element>(
     };
     let tiles = sizes.length.div_ceil(KEPT);
     let kept = kept.tensor(&device, (sizes.batch, tiles, sizes.channels, sizes.states));
-    let outputs = vec![(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
-    let recorded = record("selective_scan", &inputs, outputs, move |gradients| {
-        let [dy, dstate] = gradients else { candle_core::bail!("selective_scan: expected two gradients") };
-        Ok(backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy.as_ref(), dstate.as_ref())?)
+    let outputs = [(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
+    let [y, state] = record("selective_scan", &inputs, outputs, move |[dy, dstate]| {
+        Ok(backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy, dstate)?)
     })?;
-    match <[Tensor; 2]>::try_from(recorded) {
-        Ok([y, state]) => Ok((y, state)),
-        Err(other) => Err(Error::value("selective_scan: outputs", "2", other.len())),
-    }
+    Ok((y, state))
 }
 
 impl Prepared {
