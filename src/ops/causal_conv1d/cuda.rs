@@ -4,7 +4,7 @@ use super::{CausalConv1d, Sizes};
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
     Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
-    with_unit_stride,
+    with_unit_stride, within,
 };
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
@@ -96,6 +96,11 @@ struct Call {
 
 /// Output and final state, tracked; `None` where no kernel takes the call.
 pub(super) fn on_cuda(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
+    let what = || format!("causal_conv1d of {:?}, K = {}", args.x.dims(), sizes.taps);
+    within(what, filtered(args, sizes))
+}
+
+fn filtered(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let f64s = [Some(args.weight), args.bias, args.initial_state].into_iter().flatten();
     if f64s.into_iter().any(|x| x.dtype() == DType::F64) {
         return Ok(None);
@@ -318,7 +323,8 @@ fn recorded<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Ten
         (last.storage(&device), (sizes.batch, sizes.channels, sizes.taps - 1).into()),
     ];
     let [y, state] = record("causal_conv1d", &inputs, outputs, move |[dy, dfinal]| {
-        let gradients = saved.backward::<E>(dy, dfinal)?;
+        let what = || format!("causal_conv1d of {:?}, backward", saved.x.dims());
+        let gradients = within(what, saved.backward::<E>(dy, dfinal))?;
         let own =
             |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()

@@ -4,12 +4,12 @@ use super::call::{Launcher, Locks, contiguous};
 use super::forward::{Scanned, forward};
 use super::plan::{KEPT, THREADS};
 use super::{Plan, Plans, Prepared, name};
+use crate::Result;
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
-    self, Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride,
+    self, Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride, within,
 };
 use crate::ops::selective_scan::{SelectiveScan, Sizes};
-use crate::Result;
 use candle_core::{DType, Tensor};
 
 /// The scan of unified arguments.
@@ -34,7 +34,8 @@ pub(super) fn recorded<E: Element>(
     let kept = kept.tensor(&device, (sizes.batch, tiles, sizes.channels, sizes.states));
     let outputs = [(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
     let [y, state] = record("selective_scan", &inputs, outputs, move |[dy, dstate]| {
-        Ok(backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy, dstate)?)
+        let gradients = backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy, dstate);
+        Ok(within(|| name(&sizes) + ", backward", gradients)?)
     })?;
     Ok((y, state))
 }

@@ -11,7 +11,7 @@ mod grad;
 mod plan;
 
 use super::{SelectiveScan, Sizes};
-use crate::backend::cuda::{contiguous, device_of, multiprocessors, with_unit_stride};
+use crate::backend::cuda::{contiguous, device_of, multiprocessors, with_unit_stride, within};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
@@ -22,6 +22,10 @@ const MOST_SHARES: usize = 8 << 30;
 
 /// The scan of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
+    within(|| name(&sizes), scanned(args, sizes))
+}
+
+fn scanned(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let sequence = sequence_dtype(args);
     let (Some(sequence), true) = (sequence, vectors(args).all(|x| x.dtype().is_float())) else {
         return Ok(None);
