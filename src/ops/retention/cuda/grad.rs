@@ -3,10 +3,10 @@
 use super::call::{Decays, Walk};
 use super::decay::DecayGradient;
 use super::plan::{self, Plan};
-use crate::autograd::{Gradients, record, storage_of};
-use crate::backend::cuda::{Element, contiguous, with_unit_stride};
-use crate::ops::retention::{Retention, Sizes};
 use crate::Result;
+use crate::autograd::{Gradients, record, storage_of};
+use crate::backend::cuda::{Element, contiguous, with_unit_stride, within};
+use crate::ops::retention::{Retention, Sizes};
 use candle_core::{DType, Tensor};
 
 /// Retention of unified arguments.
@@ -35,7 +35,8 @@ pub(super) fn recorded<E: Element>(args: &Retention, sizes: Sizes, plan: Plan) -
         false => (results.storages(), None),
     };
     let [y, state] = record("retention", &inputs, outputs, move |[d, dstate]| {
-        Ok(saved.backward::<E>(states.as_ref(), o.as_ref(), d, dstate)?)
+        let what = || format!("retention of q {:?}, v {:?}, backward", saved.q.dims(), saved.v.dims());
+        Ok(within(what, saved.backward::<E>(states.as_ref(), o.as_ref(), d, dstate))?)
     })?;
     Ok((y, state))
 }
