@@ -1,7 +1,7 @@
 //! What the backward pass holds while it goes through a piece: copies of the arguments as products want them.
 
-use super::decay::Weights;
 use super::Operands;
+use super::decay::Weights;
 use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Real, Simd};
@@ -87,7 +87,13 @@ impl<T: Real> Scratch<T> {
 
     /// Copies queries, keys and values of a piece.
     #[inline(always)]
-    pub(super) fn take_up<S: Simd<T>>(&mut self, s: S, operands: &Operands<T>, task: [usize; 2], piece: &Piece) {
+    pub(super) fn take_up<S: Simd<T>>(
+        &mut self,
+        s: S,
+        operands: &Operands<T>,
+        task: [usize; 2],
+        piece: &Piece,
+    ) {
         let [q, k, v] = operands.matrices(task, &piece.tokens);
         self.q.fill(s, q, |_| T::ONE);
         self.k.fill(s, k, |_| T::ONE);
