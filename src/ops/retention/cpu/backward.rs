@@ -90,11 +90,15 @@ impl<T: Real> Operands<'_, T> {
                 }
             };
             let kept = kept.as_deref().unwrap_or(given.kept);
-            let tasks: Vec<_> = stretches.iter().zip(&after).zip(kept).collect();
-            parallel::map(&tasks, self.work(), |&((stretch, after), kept)| {
-                let after = after.as_deref().or_else(|| self.given_state(given, stretch.task));
-                let back = Back { operands: self, stretch, after, kept, given, outlets: &outlets };
-                T::dispatch_on(self.isa, back)
+            let tasks: Vec<_> = (stretches.iter().zip(&after).zip(kept))
+                .map(|((stretch, after), kept)| {
+                    let after = after.as_deref().or_else(|| self.given_state(given, stretch.task));
+                    Task { stretch, after, kept }
+                })
+                .collect();
+            let groups: Vec<_> = tasks.chunks(self.together()).collect();
+            parallel::map(&groups, self.work(), |tasks| {
+                T::dispatch_on(self.isa, Back { operands: self, tasks, given, outlets: &outlets })
             });
         }
         // SAFETY: padding was zeroed; every head of every row wrote all of its own.
@@ -128,8 +132,9 @@ impl<T: Real> Operands<'_, T> {
     }
 
     /// That of the piece that comes next, if one does, to be asked for.
-    fn ahead_outputs(&self, given: &Given<T>, task: [usize; 2], next: Option<&Piece>) -> Ahead<T> {
-        next.and_then(|next| self.given_outputs(given, task, &next.tokens)).map_or(Ahead::NONE, Ahead::rows)
+    fn ahead_outputs(&self, given: &Given<T>, next: Option<([usize; 2], &Piece)>) -> Ahead<T> {
+        let next = next.and_then(|(task, next)| self.given_outputs(given, task, &next.tokens));
+        next.map_or(Ahead::NONE, Ahead::rows)
     }
 
     /// `scale do` of some tokens, zero where there is none.
@@ -149,12 +154,17 @@ impl<T: Real> Operands<'_, T> {
     }
 }
 
-/// Goes back through one stretch, from the gradient of the state after it.
-struct Back<'a, T: Real> {
-    operands: &'a Operands<'a, T>,
+/// A stretch, the gradient of the state after it, and the states kept in it.
+struct Task<'a, T> {
     stretch: &'a Stretch,
     after: Option<&'a [T]>,
     kept: &'a [T],
+}
+
+/// Goes back through stretches side by side.
+struct Back<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    tasks: &'a [Task<'a, T>],
     given: &'a Given<'a, T>,
     outlets: &'a Outlets<'a, T>,
 }
@@ -164,39 +174,56 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        let Stretch { task, ref pieces, first, .. } = *self.stretch;
-        let (p, [row, head]) = (self.operands, task);
+        let p = self.operands;
+        let Sizes { heads, keys, values, .. } = p.sizes;
         let size = p.state_size();
-        let spans = plan::spans(pieces, &p.sizes);
-        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
-        let mut after = Gradient::new(s, p, self.after);
-        let mut scratch = Scratch::new(longest, p.sizes.keys, p.sizes.values);
-        let mut weights = Weights::new(s, &p.decays, head, longest);
-        let mut kept = self.kept.chunks(size).rev();
+        let longest = self.tasks.iter().map(|task| task.stretch.longest()).max().unwrap_or(0);
+        let mut scratch = Scratch::new(longest, keys, values);
+        let spans: Vec<_> = self.tasks.iter().map(|t| plan::spans(&t.stretch.pieces, &p.sizes)).collect();
+        let mut walks: Vec<_> = (self.tasks.iter())
+            .map(|Task { stretch, after, kept }| {
+                let weights = Weights::new(s, &p.decays, stretch.task[1], stretch.longest());
+                (Gradient::new(s, p, *after), weights, kept.chunks(size).rev())
+            })
+            .collect();
         // values by keys, before each piece of a span
-        let deepest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
-        let mut states: Vec<_> = (0..deepest).map(|_| Padded::zeros(p.sizes.values, p.sizes.keys)).collect();
-        for span in spans.into_iter().rev() {
-            let before = if pieces[span.start].fresh { None } else { kept.next() };
+        let deepest = spans.iter().flatten().map(|span| span.len()).max().unwrap_or(0);
+        let mut states: Vec<_> = (0..deepest).map(|_| Padded::zeros(values, keys)).collect();
+        let counts: Vec<_> = spans.iter().map(Vec::len).collect();
+        let mut order = plan::side_by_side(&counts).into_iter().peekable();
+        while let Some((n, i)) = order.next() {
+            let span = |n: usize, i: usize| spans[n][spans[n].len() - 1 - i].clone();
+            let Stretch { task, ref pieces, .. } = *self.tasks[n].stretch;
+            let (after, weights, kept) = &mut walks[n];
+            let inner = span(n, i);
+            let before = if pieces[inner.start].fresh { None } else { kept.next() };
             match before {
                 Some(state) => states[0].fill_transposed(s, p.square(state)),
                 None => states[0].clear(),
             }
-            for (i, piece) in pieces[span.start..span.end - 1].iter().enumerate() {
+            for (i, piece) in pieces[inner.start..inner.end - 1].iter().enumerate() {
                 weights.set(s, &p.decays, task, piece);
-                scratch.take_ends(s, p, task, piece, &weights);
+                scratch.take_ends(s, p, task, piece, weights);
                 let (before, next) = states.split_at_mut(i + 1);
                 scratch.advance(p, piece, weights.whole, &mut before[i], &mut next[0]);
             }
-            for (i, state) in span.clone().zip(&states).rev() {
+            for (i, state) in inner.clone().zip(&states).rev() {
                 let piece = &pieces[i];
                 weights.set(s, &p.decays, task, piece);
-                scratch.next = i.checked_sub(1).map(|i| pieces[i].clone());
-                self.piece(s, &weights, piece, state, &mut after, &mut scratch);
+                scratch.next = match (i > inner.start, order.peek()) {
+                    (true, _) => Some((task, pieces[i - 1].clone())),
+                    (false, Some(&(n, i))) => {
+                        let stretch = self.tasks[n].stretch;
+                        Some((stretch.task, stretch.pieces[span(n, i).end - 1].clone()))
+                    }
+                    (false, None) => None,
+                };
+                self.piece(s, task, weights, piece, state, after, &mut scratch);
             }
         }
-        if first {
-            let to = self.outlets.initial.at((row * p.sizes.heads + head) * size, size);
+        for (task, (after, ..)) in self.tasks.iter().zip(&walks).filter(|(task, _)| task.stretch.first) {
+            let [row, head] = task.stretch.task;
+            let to = self.outlets.initial.at((row * heads + head) * size, size);
             // SAFETY: at() checked the places, which are those of this head.
             unsafe { after.rows.copy_to(to) };
         }
@@ -210,6 +237,7 @@ impl<T: Real> Back<'_, T> {
     fn piece<S: Simd<T>>(
         &self,
         s: S,
+        task: [usize; 2],
         weights: &Weights<T>,
         piece: &Piece,
         state: &Padded<T>,
@@ -219,19 +247,20 @@ impl<T: Real> Back<'_, T> {
         let p = self.operands;
         let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
         let with_decay = self.outlets.log_decay.is_some();
-        scratch.take_up(s, p, self.stretch.task, piece);
-        p.outputs(s, self.given, self.stretch.task, &piece.tokens, &mut scratch.outputs);
+        scratch.take_up(s, p, task, piece);
+        p.outputs(s, self.given, task, &piece.tokens, &mut scratch.outputs);
         scratch.decay[..length].fill(T::ZERO);
         if with_decay && !piece.fresh {
             let through = weights.whole * dot(s, state.all(), gradient.turned.all());
             scratch.decay[..length].fill(through);
         }
         self.among(s, weights, length, scratch);
-        let [next_q, next_k, next_v] = p.ahead(self.stretch.task, scratch.next.as_ref());
-        let next_o = p.ahead_outputs(self.given, self.stretch.task, scratch.next.as_ref());
+        let next = scratch.next.as_ref().map(|(task, piece)| (*task, piece));
+        let [next_q, next_k, next_v] = p.ahead(next);
+        let next_o = p.ahead_outputs(self.given, next);
         let Scratch { q, k, v, outputs, scores, slopes, early_q, along, .. } = scratch;
         let [scores, slopes] = [scores, slopes].map(|x| x.matrix(length).part([0, 0], [length; 2]));
-        let [dq, dk, dv] = self.places(&piece.tokens);
+        let [dq, dk, dv] = self.places(task, &piece.tokens);
         let o = outputs.matrix(length);
         // each is what goes through a state and what goes from token to token
         let from_k = (slopes, k.right(0..length, keys));
@@ -279,7 +308,7 @@ impl<T: Real> Back<'_, T> {
         if let Some(outlet) = &self.outlets.log_decay {
             along_decays(&mut scratch.decay[..length], &scratch.before, &scratch.after);
             for (t, decay) in piece.tokens.clone().zip(&scratch.decay) {
-                let [row, head] = self.stretch.task;
+                let [row, head] = task;
                 let to = outlet.at((row * p.sizes.length + t) * p.sizes.heads + head, 1);
                 // SAFETY: at() checked the place, which is this task's own.
                 unsafe { to.write(*decay) };
@@ -313,9 +342,8 @@ impl<T: Real> Back<'_, T> {
 
     /// Where the gradients of q, k and v of some tokens belong.
     #[inline(always)]
-    fn places(&self, tokens: &Range<usize>) -> [Target<T>; 3] {
+    fn places(&self, [row, head]: [usize; 2], tokens: &Range<usize>) -> [Target<T>; 3] {
         let Sizes { length, heads, keys, values, .. } = self.operands.sizes;
-        let [row, head] = self.stretch.task;
         let Outlets { q, k, v, .. } = self.outlets;
         [(q, keys), (k, keys), (v, values)].map(|(outlet, width)| {
             let (offset, stride) = (((row * length + tokens.start) * heads + head) * width, heads * width);

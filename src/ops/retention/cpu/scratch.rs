@@ -56,8 +56,8 @@ pub(super) struct Scratch<T> {
     /// Paths from the state before to each token, and from each token to the state after.
     pub(super) before: Vec<T>,
     pub(super) after: Vec<T>,
-    /// The piece that comes next.
-    pub(super) next: Option<Piece>,
+    /// The piece that comes next, and of which row and head.
+    pub(super) next: Option<([usize; 2], Piece)>,
 }
 
 impl<T: Real> Scratch<T> {
