@@ -7,7 +7,10 @@ use criterion::{Criterion, Throughput};
 use rand::{SeedableRng, rngs::StdRng};
 use std::collections::HashMap;
 use subquadratic::Result;
-use subquadratic::layers::{Mamba, MambaConfig, MultiScaleRetention, RetentionConfig};
+use subquadratic::layers::{
+    Attention, AttentionConfig, Mamba, MambaConfig, ModalHyena, ModalHyenaConfig, MultiScaleRetention,
+    RetentionConfig,
+};
 
 /// A layer type over the shapes of its name; `$config` makes its config from the sizes D and `$size`.
 macro_rules! layer {
@@ -22,7 +25,8 @@ macro_rules! layer {
             for &dtype in bench.dtypes() {
                 let mut inputs = vec![bench.uniform(&[b, l, d], -1.0..1.0, dtype)?];
                 for (name, parameter) in names.iter().zip(&parameters) {
-                    let wide = ["A_log", "D"].contains(&name.as_str());
+                    let wide =
+                        config.parameters().iter().any(|declared| declared.wide && declared.name == *name);
                     let dtype = if wide { DType::F32 } else { dtype };
                     inputs.push(parameter.to_device(&bench.device)?.to_dtype(dtype)?);
                 }
@@ -52,5 +56,7 @@ macro_rules! layer {
 pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
     layer!(criterion, bench, "mamba", Mamba, "L", |d, _| MambaConfig::new(d));
     layer!(criterion, bench, "multi_scale_retention", MultiScaleRetention, "H", RetentionConfig::new);
+    layer!(criterion, bench, "modal_hyena", ModalHyena, "L", |d, _| ModalHyenaConfig::new(d));
+    layer!(criterion, bench, "attention_layer", Attention, "H", AttentionConfig::new);
     Ok(())
 }

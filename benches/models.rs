@@ -6,22 +6,34 @@ use candle_nn::VarBuilder;
 use criterion::{Criterion, Throughput};
 use std::collections::HashMap;
 use subquadratic::Result;
-use subquadratic::models::{Decoder, LanguageModel, ModelConfig};
+use subquadratic::models::{Decoder, LanguageModel, MixerConfig, ModelConfig};
 
 const VOCABULARY: usize = 50280;
 
-/// Mamba and RetNet; the larger ones on a GPU alone.
+/// Mamba, RetNet and a hybrid; the larger ones on a GPU alone.
 pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
     let mamba = |width, layers| ModelConfig::mamba(width, layers, VOCABULARY);
     let retnet = |width, layers| ModelConfig::retnet(width, layers, VOCABULARY);
     model(criterion, bench, "mamba-130m", mamba(768, 24), &[512, 2048])?;
     model(criterion, bench, "retnet-d768-l12", retnet(768, 12), &[512, 2048])?;
+    model(criterion, bench, "hybrid-d128-l4", hybrid(128)?, &[1 << 10, 1 << 13, 1 << 17])?;
     if !bench.device.is_cpu() {
         model(criterion, bench, "mamba-1.4b", mamba(2048, 48), &[8192])?;
         model(criterion, bench, "mamba-2.8b", mamba(2560, 64), &[2048])?;
         model(criterion, bench, "retnet-1.3b", retnet(2048, 24), &[8192])?;
     }
     Ok(())
+}
+
+/// One of each mixer that decodes in constant space: attention has a window.
+fn hybrid(width: usize) -> Result<ModelConfig> {
+    let mut config = ModelConfig::striped("hyena attention mamba hyena", width, VOCABULARY)?;
+    for block in &mut config.blocks {
+        if let MixerConfig::Attention(attention) = &mut block.mixer {
+            attention.window = Some(1024);
+        }
+    }
+    Ok(config)
 }
 
 /// Random weights; on a GPU they are drawn there.
@@ -32,12 +44,12 @@ fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Languag
     let mut tensors = HashMap::new();
     for parameter in config.parameters() {
         let (name, shape) = (parameter.name, parameter.shape);
-        let wide = ["A_log", ".D"].iter().any(|end| name.ends_with(end));
-        let tensor = match name.contains("norm") || wide {
+        let ones = ["A_log", ".D"].iter().any(|end| name.ends_with(end)) || name.contains("norm");
+        let tensor = match ones {
             true => Tensor::ones(shape, DType::F32, device)?,
             false => Tensor::randn(0f32, 0.02, shape, device)?,
         };
-        tensors.insert(name, if wide { tensor } else { tensor.to_dtype(dtype)? });
+        tensors.insert(name, if parameter.wide { tensor } else { tensor.to_dtype(dtype)? });
     }
     LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device))
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures other implementations of Mamba and of retention on the CPU beside this one and prints a Markdown table.
+"""Measures other implementations of this crate's operators and of Mamba on the CPU beside this one and prints a Markdown table.
 
     python3 benches/peers.py [--work DIR] [--rounds 3] [--seconds 6] [--only PEER,..] [--skip PEER,..] [--out FILE]
 
@@ -54,7 +54,11 @@ TASKS = {
 for length in ("1k", "4k", "16k", "128k"):
     for part, name in (("fwd", "forward"), ("fwdbwd", "forward + backward")):
         TASKS[f"conv_{length}-{part}"] = (f"long convolution, gated, B1 D256 L{length}, {name}", "ms", ["rfft"])
-TITLES = {"naive": "torch time loop", "rfft": "torch rfft"}
+for name, sizes in (("8k", "L8192 S8"), ("8k_s2", "L8192 S2"), ("64k", "L65536 S8")):
+    # the package would need 13 GB for the longest
+    peers = ["rfft"] if name == "64k" else ["rfft", "package"]
+    TASKS[f"modal_{name}-fwd"] = (f"modal convolution B1 D1024 {sizes}, forward", "ms", peers)
+TITLES = {"naive": "torch time loop", "rfft": "torch rfft", "package": "torch, filter made too"}
 
 
 def main():
@@ -134,7 +138,7 @@ def install(options, wanted, missing):
         call([*build, python, "-m", "pip", "install", "-q", *PYTHON["torch"]])
         if not (model / "model.safetensors").exists():
             call([*build, python, HERE / "peers" / "torch_peers.py", "make", model])
-        for peer in ("transformers", "mambapy", "naive", "rfft"):
+        for peer in ("transformers", "mambapy", "naive", "rfft", "package"):
             commands[peer] = worker(python, HERE / "peers" / "torch_peers.py", peer)
     except (subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"PyTorch and transformers make the model that all are measured on: {reason(error)}")
@@ -201,7 +205,9 @@ def ours(options, model, task):
         "ret64": ("retention", "cpu-k64"),
         "ret256": ("retention", "cpu-k256"),
     }
-    group, shape = places.get(kind) or ("long_conv", kind.replace("conv_", "cpu-"))
+    short, _, size = kind.partition("_")
+    operators = {"conv": "long_conv", "modal": "modal_conv"}
+    group, shape = places.get(kind) or (operators[short], "cpu-" + size.replace("_", "-"))
     part = {"fwd": "fwd", "fwdbwd": "fwd_bwd"}[detail]
     home = options.work / "criterion"
     environment = {**os.environ, "CRITERION_HOME": str(home)}

@@ -18,7 +18,7 @@ use common::cli::{self, CHUNK, Outcome, Place};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use subquadratic::models::{Form, LanguageModel, ModelState, load, write_safetensors};
+use subquadratic::models::{Form, LanguageModel, ModelState, write_safetensors};
 
 /// Writes the logits of a checkpoint for rows of token ids
 #[derive(Parser)]
@@ -65,7 +65,7 @@ fn program(arguments: Arguments) -> Outcome<()> {
         (Mode::Recurrent, None) => Some(1),
     };
     let ids = read_ids(&arguments.ids)?;
-    let mut model = load(&arguments.model, arguments.place.dtype, &arguments.place.device()?)?;
+    let mut model = arguments.place.load(&arguments.model, &arguments.place.device()?)?;
     // where the mixers have forms, those are what is chosen; else the calls are cut
     let forms = model.set_form(match (arguments.mode, chunk) {
         (Mode::Parallel, _) => Form::Parallel,

@@ -1,8 +1,9 @@
-//! Measures a checkpoint, and prints one JSON line:
+//! Measures a checkpoint, and prints one JSON line, or one for every length of the prompt:
 //!
 //! ```text
 //! cargo run --release --example speed -- --model DIR --prompt 2048 --tokens 64
 //! {"prefill_tok_s":1500.2,"decode_tok_s":50.1,"peak_bytes":570425344,"load_s":0.41,..}
+//! cargo run --release --example speed -- --model DIR --prompt 1024,8192,65536
 //! ```
 //!
 //! Token ids are random, decoding is greedy; both are warmed up and repeated, and the figures are medians.
@@ -24,7 +25,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use subquadratic::models::{Decoder, Form, LanguageModel, load};
+use subquadratic::models::{Decoder, Form, LanguageModel};
 
 /// Measures how fast a checkpoint reads and writes tokens, and prints one line of JSON
 #[derive(Parser)]
@@ -35,9 +36,10 @@ struct Arguments {
     model: PathBuf,
     #[command(flatten)]
     place: Place,
-    /// Tokens of the prompt, read in one call
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    prompt: u32,
+    /// Tokens of the prompt, read in one call; several lengths, the shortest first, show how speed and memory go with it
+    #[arg(long, value_name = "N,..", default_value = "512", value_delimiter = ',',
+        value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: Vec<u32>,
     /// Tokens generated after it, one by one
     #[arg(long, value_name = "M", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
@@ -63,40 +65,43 @@ fn program(arguments: Arguments) -> Outcome<()> {
     let Arguments { model: directory, place, prompt, tokens, form, batch } = arguments;
     let device = place.device()?;
     let start = Instant::now();
-    let mut model = load(&directory, place.dtype, &device)?;
+    let mut model = place.load(&directory, &device)?;
     set_form(&mut model, form)?;
     device.synchronize()?;
     let load_s = start.elapsed().as_secs_f64();
 
-    let (rows, length) = (batch as usize, prompt as usize);
+    let rows = batch as usize;
     let mut random = StdRng::seed_from_u64(0);
     let vocabulary = u32::try_from(model.config().vocab_size)?;
-    let ids: Vec<u32> = (0..rows * length).map(|_| random.random_range(0..vocabulary)).collect();
-    let ids = Tensor::from_vec(ids, (rows, length), &Device::Cpu)?;
-
-    let prefill = prefill_seconds(&model, &ids)?;
-    let decode = decode_seconds(&model, &ids, tokens)?;
-    let per_second = |count: usize, seconds: f64| (count as f64 / seconds * 10.0).round() / 10.0;
-    let [prefill_s, fastest, slowest] = spread(prefill);
-    let [step_s, fastest_step, slowest_step] = spread(decode);
-    let read = rows * length;
-    let line = json!({
-        "prefill_tok_s": per_second(read, prefill_s),
-        "decode_tok_s": per_second(rows, step_s),
-        "peak_bytes": peak_bytes(),
-        "load_s": load_s,
-        "prefill_range": [per_second(read, slowest), per_second(read, fastest)],
-        "decode_range": [per_second(rows, slowest_step), per_second(rows, fastest_step)],
-        "family": model.config().family.name(),
-        "parameters": model.parameters().values().map(Tensor::elem_count).sum::<usize>(),
-        "dtype": place.dtype.as_str(),
-        "device": place.name(),
-        "threads": std::thread::available_parallelism()?.get(),
-        "batch": rows,
-        "prompt": length,
-        "tokens": tokens,
-    });
-    println!("{line}");
+    for length in prompt {
+        let length = length as usize;
+        let ids: Vec<u32> = (0..rows * length).map(|_| random.random_range(0..vocabulary)).collect();
+        let ids = Tensor::from_vec(ids, (rows, length), &Device::Cpu)?;
+        let prefill = prefill_seconds(&model, &ids)?;
+        let (decode, state_bytes) = decode_seconds(&model, &ids, tokens)?;
+        let per_second = |count: usize, seconds: f64| (count as f64 / seconds * 10.0).round() / 10.0;
+        let [prefill_s, fastest, slowest] = spread(prefill);
+        let [step_s, fastest_step, slowest_step] = spread(decode);
+        let read = rows * length;
+        let line = json!({
+            "prefill_tok_s": per_second(read, prefill_s),
+            "decode_tok_s": per_second(rows, step_s),
+            "peak_bytes": peak_bytes(),
+            "state_bytes": state_bytes,
+            "load_s": load_s,
+            "prefill_range": [per_second(read, slowest), per_second(read, fastest)],
+            "decode_range": [per_second(rows, slowest_step), per_second(rows, fastest_step)],
+            "family": model.config().family.name(),
+            "parameters": model.parameters().values().map(Tensor::elem_count).sum::<usize>(),
+            "dtype": place.dtype.as_str(),
+            "device": place.name(),
+            "threads": std::thread::available_parallelism()?.get(),
+            "batch": rows,
+            "prompt": length,
+            "tokens": tokens,
+        });
+        println!("{line}");
+    }
     Ok(())
 }
 
@@ -113,11 +118,12 @@ fn prefill_seconds(model: &LanguageModel, ids: &Tensor) -> Outcome<Vec<f64>> {
     Ok(seconds.split_off(1))
 }
 
-/// Greedy steps after the prompt: seconds of each but the first few.
-fn decode_seconds(model: &LanguageModel, ids: &Tensor, tokens: u32) -> Outcome<Vec<f64>> {
+/// Greedy steps after the prompt: seconds of each but the first few, and the size of the state behind the prompt.
+fn decode_seconds(model: &LanguageModel, ids: &Tensor, tokens: u32) -> Outcome<(Vec<f64>, usize)> {
     let rows = ids.dim(0)?;
     let mut state = model.init_state(rows)?;
     let mut token = greedy(&model.prefill(ids, None, &mut state)?)?;
+    let bytes = state.bytes();
     let mut seconds = vec![];
     let mut decoder = Decoder::new(model, rows)?;
     if decoder.is_fused(rows) {
@@ -129,14 +135,14 @@ fn decode_seconds(model: &LanguageModel, ids: &Tensor, tokens: u32) -> Outcome<V
             ids = decoder.step_greedy(&slots, &ids)?;
             seconds.push(start.elapsed().as_secs_f64());
         }
-        return Ok(seconds.split_off(WARM_UP as usize));
+        return Ok((seconds.split_off(WARM_UP as usize), bytes));
     }
     for _ in 0..WARM_UP + tokens {
         let start = Instant::now();
         token = greedy(&model.prefill(&token, None, &mut state)?)?;
         seconds.push(start.elapsed().as_secs_f64());
     }
-    Ok(seconds.split_off(WARM_UP as usize))
+    Ok((seconds.split_off(WARM_UP as usize), bytes))
 }
 
 /// The most probable tokens, `[B, 1]`, on the CPU: whoever wants to show them has to wait for them.

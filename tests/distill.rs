@@ -50,6 +50,10 @@ fn logits_stay_near_and_nearer_with_more_states() {
     let error = |states| {
         let (distilled, report) = model.distill(states).unwrap();
         let worst = report.iter().flat_map(|layer| layer.channels.iter().copied()).fold(0.0, f64::max);
+        for layer in &report {
+            let pairs = layer.channels.iter().zip(&layer.bounds);
+            assert!(pairs.clone().count() == WIDTH && pairs.clone().all(|(error, bound)| bound <= error));
+        }
         let (rms, _) = relative_errors(&distilled.forward(&ids).unwrap(), &want);
         // two blocks, each of which adds what its filters miss to the stream
         assert!(rms < 4.0 * worst, "{states} states: {rms:.1e} of logits, {worst:.1e} of filters");

@@ -11,7 +11,7 @@ use subquadratic::Result;
 use subquadratic::models::{LanguageModel, load};
 use subquadratic::ops::Segments;
 
-const FIXTURES: [&str; 23] = [
+const FIXTURES: [&str; 24] = [
     "mamba-tied",
     "mamba-bf16",
     "mamba-sharded",
@@ -22,6 +22,7 @@ const FIXTURES: [&str; 23] = [
     "striped-hyena",
     "evo-bf16",
     "evo2",
+    "evo2-pt",
     "jamba",
     "retnet-torchscale",
     "retnet-torchscale-bin",
@@ -38,7 +39,7 @@ const FIXTURES: [&str; 23] = [
 ];
 
 /// Those made by make_striped.py.
-const STRIPED: [&str; 4] = ["striped-hyena", "evo-bf16", "evo2", "jamba"];
+const STRIPED: [&str; 5] = ["striped-hyena", "evo-bf16", "evo2", "evo2-pt", "jamba"];
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)

@@ -1,10 +1,11 @@
-//! The modal convolution with complex poles and D.
+//! The modal convolution with complex poles and D, and the same through the transforms of its filter.
 
 use crate::support::{Bench, group, measure, measure_both, name};
 use candle_core::{DType, Tensor};
 use criterion::{Criterion, Throughput};
 use subquadratic::Result;
-use subquadratic::ops::{ModalConv, Poles, modal_conv};
+use subquadratic::ops::modal_conv::modal_filter;
+use subquadratic::ops::{LongConv, ModalConv, Poles, long_conv, modal_conv};
 
 /// Sequences, and single steps through the state.
 pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
@@ -16,6 +17,17 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
             let id = format!("{}/{}", shape.name, name(dtype));
             let throughput = Throughput::Elements((b * l * d) as u64);
             measure_both(&mut conv, &id, throughput, &inputs, |inputs| Ok(run(inputs, None)?.0));
+            let throughput = Throughput::Elements((b * l * d) as u64);
+            measure(
+                &mut conv,
+                format!("{}-fft/{}/fwd", shape.name, name(dtype)),
+                throughput,
+                &bench.device,
+                || {
+                    let filter = modal_filter(Poles::Complex(&inputs[1]), &inputs[2], l)?;
+                    long_conv(&LongConv { d: Some(&inputs[3]), ..LongConv::new(&inputs[0], &filter) })
+                },
+            );
             let token = inputs[0].narrow(1, 0, 1)?.contiguous()?;
             let step = [token, inputs[1].clone(), inputs[2].clone(), inputs[3].clone()];
             let state = bench.uniform(&[b, d, s, 2], -1.0..1.0, DType::F32)?;

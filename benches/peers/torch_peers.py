@@ -1,5 +1,5 @@
 """The PyTorch peers: transformers, mambapy, a selective scan as a plain loop over time, retention of fla and torchscale,
-a long convolution by rfft.
+a long convolution by rfft, modal filters by FFT.
 
 usage: torch_peers.py PEER TASK MODEL_DIR SECONDS      (peers.py calls this; the last line printed is JSON)
        torch_peers.py make MODEL_DIR                   (writes the random model all peers load)
@@ -192,6 +192,34 @@ def convolution_inputs(length):
     return [rows(), 0.1 * torch.randn(256, length), torch.randn(256), rows(), rows()]
 
 
+def modal_inputs(kind):
+    """`modal_8k_s2`: so many tokens of 1024 channels, so many complex states (8 where nothing is said)."""
+    length, states = (int(part.strip("ks")) for part in (kind + "_s8").split("_")[1:3])
+    radius, angle = 0.9 + 0.09 * torch.rand(1024, states), 6 * torch.rand(1024, states) - 3
+    residues = torch.randn(1024, states, dtype=torch.complex64)
+    return [torch.randn(1, 1024, 1024 * length), torch.polar(radius, angle), residues, torch.randn(1024)]
+
+
+def modal_spectrum(poles, residues, length):
+    """Of the filter that the package stripedhyena materialises."""
+    powers = (poles.log()[..., None] * torch.arange(length)).exp()
+    return torch.fft.rfft((residues[..., None] * powers).real.sum(1), n=2 * length)
+
+
+def modal_convolution(u, spectrum, d):
+    length = u.shape[-1]
+    return torch.fft.irfft(torch.fft.rfft(u, n=2 * length) * spectrum, n=2 * length)[..., :length] + u * d[:, None]
+
+
+def modal(peer, kind):
+    """`rfft` finds the filter's transform ready and gives no state; the package makes it, for every prefill."""
+    u, poles, residues, d = modal_inputs(kind)
+    if peer == "rfft":
+        return modal_convolution, [u, modal_spectrum(poles, residues, u.shape[-1]), d]
+    whole = lambda u, poles, residues, d: modal_convolution(u, modal_spectrum(poles, residues, u.shape[-1]), d)
+    return whole, [u, poles, residues, d]
+
+
 def differentiated(run, inputs):
     """Forward alone on plain tensors, and forward with the gradients of everything."""
     def backward():
@@ -208,12 +236,14 @@ def operator(peer, kind):
         return {"naive": naive_scan, "mambapy": mambapy_scan}[peer], scan_inputs()
     if kind in RETENTIONS:
         return fla_retention if peer == "fla" else torchscale_retention(), retention_inputs(kind)
+    if kind.startswith("modal_"):
+        return modal(peer, kind)
     return rfft_convolution, convolution_inputs(1024 * int(kind[len("conv_"):-1]))
 
 
 def measure(peer, task, directory, seconds):
     kind, _, detail = task.partition("-")
-    if kind == "scan" or kind in RETENTIONS or kind.startswith("conv_"):
+    if kind == "scan" or kind in RETENTIONS or kind.startswith(("conv_", "modal_")):
         run, inputs = operator(peer, kind)
         if detail == "fwd":
             with torch.no_grad():

@@ -3,7 +3,9 @@
 use candle_core::{DType, Device};
 use clap::{Args, Parser, ValueEnum};
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
+use subquadratic::models::{LanguageModel, LoadOptions, load_with};
 
 /// Tokens of a chunk where none is given.
 pub const CHUNK: usize = 64;
@@ -41,6 +43,9 @@ pub struct Place {
     /// The dtype of the weights: f32, f64, bf16 or f16
     #[arg(long, default_value = "f32", value_parser = parse_dtype)]
     pub dtype: DType,
+    /// Take a checkpoint's poles even where they are stored in bf16 or f16, which makes other filters of them
+    #[arg(long)]
+    rounded_poles: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -58,6 +63,14 @@ impl Place {
             DeviceName::Cuda => "cuda",
             DeviceName::Metal => "metal",
         }
+    }
+
+    /// The model of a checkpoint's directory, on `device`; what was tolerated in it is told on standard error.
+    pub fn load(&self, directory: &Path, device: &Device) -> Outcome<LanguageModel> {
+        let options = LoadOptions { rounded_poles: self.rounded_poles, ..LoadOptions::default() };
+        let model = load_with(directory, self.dtype, device, options)?;
+        model.notes().iter().for_each(|note| eprintln!("note: {note}"));
+        Ok(model)
     }
 
     /// The device, opened.

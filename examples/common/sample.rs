@@ -7,7 +7,7 @@ use clap::Args;
 use std::io::Write;
 use std::path::Path;
 use subquadratic::generate::{Generation, GenerationConfig};
-use subquadratic::models::{Form, LanguageModel, load};
+use subquadratic::models::{Form, LanguageModel};
 use subquadratic::train::latest_checkpoint;
 
 /// How to draw tokens.
@@ -76,7 +76,7 @@ pub fn from_checkpoint(
         Some(checkpoint) => checkpoint,
         None => directory.to_path_buf(),
     };
-    let mut model = load(&directory, place.dtype, &place.device()?)?;
+    let mut model = place.load(&directory, &place.device()?)?;
     set_form(&mut model, form)?;
     let tokenizer = Tokenizer::of(&directory, &model)?;
     stream(&model, &tokenizer, prompt, seed, sampling)

@@ -33,7 +33,7 @@ use common::program::{self, Family};
 use common::run::Settings;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use subquadratic::models::{FilterErrors, ModelConfig, load};
+use subquadratic::models::{FilterErrors, ModelConfig};
 use subquadratic::train::latest_checkpoint;
 
 /// Without `--model` or `--distill`, learns a text from scratch.
@@ -82,7 +82,7 @@ fn main() -> ExitCode {
 fn distill(family: &Family, directory: &Path, arguments: &Arguments) -> Outcome<()> {
     let directory = latest_checkpoint(directory)?.unwrap_or(directory.to_path_buf());
     let place = arguments.common.place;
-    let model = load(&directory, place.dtype, &place.device()?)?;
+    let model = place.load(&directory, &place.device()?)?;
     let (distilled, report) = model.distill(arguments.states)?;
     let out = arguments.common.training.folder(family.name)?;
     distilled.save(&out)?;
@@ -93,24 +93,27 @@ fn distill(family: &Family, directory: &Path, arguments: &Arguments) -> Outcome<
     for layer in &report {
         println!("{}", summary(layer));
     }
-    let blocks =
-        report.iter().map(|layer| serde_json::json!({ "block": layer.block, "errors": layer.channels }));
+    let blocks = report.iter().map(
+        |layer| serde_json::json!({ "block": layer.block, "errors": layer.channels, "bounds": layer.bounds }),
+    );
     let errors = out.join("distillation.json");
     std::fs::write(&errors, serde_json::Value::from_iter(blocks).to_string() + "\n")?;
     println!("model: {}; the error of every channel: {}", out.display(), errors.display());
     Ok(())
 }
 
-/// The middle and the worst of a block's filters.
+/// The middle and the worst of a block's filters, and what so many states can reach at best.
 fn summary(layer: &FilterErrors) -> String {
     let mut order: Vec<usize> = (0..layer.channels.len()).collect();
     order.sort_by(|&a, &b| layer.channels[a].total_cmp(&layer.channels[b]));
     let (middle, worst) = (order[order.len() / 2], order[order.len() - 1]);
     format!(
-        "block {}: relative error of {} filters: median {:.2e}, worst {:.2e} (channel {worst})",
+        "block {}: relative error of {} filters: median {:.2e} (none below {:.2e}), worst {:.2e} (none below {:.2e})",
         layer.block,
         order.len(),
         layer.channels[middle],
-        layer.channels[worst]
+        layer.bounds[middle],
+        layer.channels[worst],
+        layer.bounds[worst]
     )
 }

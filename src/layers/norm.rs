@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// Which norm, and its epsilon.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum NormConfig {
     /// RMS norm with a weight.
     Rms {

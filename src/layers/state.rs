@@ -67,7 +67,7 @@ pub trait LayerState: Clone {
         let mut state = self.clone();
         for (_, tensor) in state.tensors_mut() {
             let index = Tensor::from_slice(&indices, indices.len(), tensor.device())?;
-            *tensor = tensor.index_select(&index, 0)?;
+            *tensor = tensor.contiguous()?.index_select(&index, 0)?;
         }
         if let Some(positions) = state.positions_mut() {
             *positions = rows.iter().map(|&row| positions[row]).collect();

@@ -15,6 +15,8 @@ pub struct FilterErrors {
     pub block: usize,
     /// Per channel the norm of what the filter differs by over its own norm.
     pub channels: Vec<f64>,
+    /// Per channel what no filter of so many states can have as its error.
+    pub bounds: Vec<f64>,
 }
 
 impl LanguageModel {
@@ -40,14 +42,19 @@ impl LanguageModel {
         for (i, block) in config.blocks.iter_mut().enumerate() {
             let MixerConfig::Hyena(hyena) = &block.mixer else { continue };
             let prefix = format!("{}.mixer", block_name(i));
-            let distilled = ModalHyena::distill(hyena, vb.pp(&prefix), states)
-                .map_err(|error| Error::value(format!("block {i}"), "a layer to distill", error))?;
+            let distilled =
+                ModalHyena::distill(hyena, vb.pp(&prefix), states).map_err(|error| match error {
+                    Error::Value { name, expected, got } => {
+                        Error::value(format!("block {i}: {name}"), expected, got)
+                    }
+                    other => other,
+                })?;
             for parameter in hyena.parameters() {
                 tensors.remove(&format!("{prefix}.{}", parameter.name));
             }
             let named = distilled.parameters.into_iter();
             tensors.extend(named.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
-            report.push(FilterErrors { block: i, channels: distilled.errors });
+            report.push(FilterErrors { block: i, channels: distilled.errors, bounds: distilled.bounds });
             block.mixer = MixerConfig::ModalHyena(distilled.config);
         }
         if report.is_empty() {

@@ -7,7 +7,7 @@ use super::mixer::MixerState;
 use super::state::ModelState;
 use crate::autograd::checkpoint;
 use crate::layers::{LayerState, state::advance};
-use crate::ops::{Segments, accumulation_dtype};
+use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use std::sync::Arc;
@@ -124,12 +124,13 @@ impl LanguageModel {
         result
     }
 
-    /// Refuses sequences longer than the filters of some block.
+    /// Refuses sequences longer than some block takes.
     fn check_ends(&self, ends: &[usize]) -> Result<()> {
         let longest = self.config.blocks.iter().filter_map(|block| block.mixer.longest()).min();
-        match longest.and_then(|longest| ends.iter().find(|&&end| end > longest).map(|&end| (longest, end))) {
-            Some((longest, end)) => {
-                Err(Error::value("ids: tokens of a sequence", format!("at most l_max = {longest}"), end))
+        let Some((longest, name)) = longest else { return Ok(()) };
+        match ends.iter().find(|&&end| end > longest) {
+            Some(end) => {
+                Err(Error::value("ids: tokens of a sequence", format!("at most {name} = {longest}"), end))
             }
             None => Ok(()),
         }
@@ -148,8 +149,12 @@ impl LanguageModel {
         let whole = tracked || self.form == Form::Parallel;
         let most = if self.device.is_cuda() { CUDA_CHUNK } else { CHUNK };
         let chunk = if whole { length } else { (most / batch).max(most / 8) };
-        if chunk < length && carried.is_none() {
-            *carried = Some(self.init_state(batch)?.blocks);
+        if chunk < length {
+            let blocks = match carried.take() {
+                Some(blocks) => blocks,
+                None => self.init_state(batch)?.blocks,
+            };
+            carried.insert(blocks).iter_mut().try_for_each(|block| block.reserve(length))?;
         }
         let mut pieces = vec![];
         let mut picked: Vec<Option<Stream>> = vec![None; batch];
@@ -316,10 +321,12 @@ impl ModelState {
             let got = format!("one of {}", self.batch());
             return Err(Error::value("state", format!("a batch of {batch}, as the ids have"), got));
         }
-        let dtype = accumulation_dtype(model.dtype);
-        for (name, tensor) in self.blocks.iter().flat_map(LayerState::tensors) {
-            if tensor.dtype() != dtype {
-                return Err(Error::dtype(format!("state: {name}"), format!("{dtype:?}"), tensor.dtype()));
+        for block in &self.blocks {
+            let dtype = block.dtype(model.dtype);
+            for (name, tensor) in block.tensors() {
+                if tensor.dtype() != dtype {
+                    return Err(Error::dtype(format!("state: {name}"), format!("{dtype:?}"), tensor.dtype()));
+                }
             }
         }
         Ok(())

@@ -34,6 +34,7 @@ pub struct LanguageModel {
     pub(super) recompute: bool,
     pub(super) form: Form,
     pub(super) kind: String,
+    pub(super) notes: Vec<String>,
 }
 
 impl LanguageModel {
@@ -117,6 +118,7 @@ impl LanguageModel {
             recompute: false,
             form: Form::Auto,
             kind: kind(config),
+            notes: vec![],
             config: config.clone(),
         })
     }
@@ -129,6 +131,12 @@ impl LanguageModel {
     /// The dtype of the weights. Decays and states are f32 or wider.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// What [`load`](super::load) found and tolerated: layers in a config that are not there, poles outside the unit
+    /// circle, rounded poles. One line each, for a program to show.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Where the weights are.
@@ -159,8 +167,11 @@ impl LanguageModel {
     /// Chunks of no tokens.
     pub fn set_form(&mut self, form: Form) -> Result<bool> {
         form.validate()?;
-        self.form = form;
-        self.blocks.iter_mut().try_fold(false, |any, block| Ok(Arc::make_mut(block).set_form(form)? | any))
+        let set = |any, block: &mut Arc<Block>| Ok::<_, Error>(Arc::make_mut(block).set_form(form)? | any);
+        let any = self.blocks.iter_mut().try_fold(false, set)?;
+        // long inputs go through the stack in pieces, unless a mixer must see them whole
+        self.form = if any { form } else { Form::Auto };
+        Ok(any)
     }
 
     /// The same weights, shared, with nothing tracked: for evaluation and generation between training steps.
@@ -177,6 +188,7 @@ impl LanguageModel {
         });
         let mut frozen = Self::from_tensors(&self.config, detached.collect(), self.dtype, &self.device)?;
         frozen.set_form(self.form)?;
+        frozen.notes = self.notes.clone();
         Ok(frozen)
     }
 

@@ -17,16 +17,26 @@ const HEAD: &str = "lm_head.weight";
 /// The largest `config.json` that is read.
 const MAX_CONFIG: u64 = 1 << 24;
 
+/// How [`load_with`] takes what a directory holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// The parameters are variables, for training.
+    pub trainable: bool,
+    /// Poles that are stored in bf16 or f16 are taken as they are. Without it they are refused: rounded, a pole is another
+    /// filter (0.999 becomes 1 in bf16).
+    pub rounded_poles: bool,
+}
+
 /// Loads a model for inference from a directory of any supported family; see [`formats`].
 ///
 /// The weights are converted to `dtype`, one tensor at a time: loading takes the memory of the weights once. Decays stay
-/// f32 or wider.
+/// f32 or wider. What was tolerated on the way is in [`LanguageModel::notes`].
 ///
 /// # Errors
 /// A missing, damaged or unsupported file, naming it and the key; all tensors that are missing, unexpected, or of the
 /// wrong shape or dtype, at once.
 pub fn load(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<LanguageModel> {
-    load_with(dir.as_ref(), dtype, device, Ok)
+    load_with(dir, dtype, device, LoadOptions::default())
 }
 
 /// The same for training: the parameters are variables.
@@ -34,7 +44,38 @@ pub fn load(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Lang
 /// # Errors
 /// As [`load`].
 pub fn load_trainable(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<LanguageModel> {
-    load_with(dir.as_ref(), dtype, device, |tensor| Ok(Var::from_tensor(&tensor)?.into_inner()))
+    load_with(dir, dtype, device, LoadOptions { trainable: true, ..LoadOptions::default() })
+}
+
+/// [`load`] with options.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with(
+    dir: impl AsRef<Path>,
+    dtype: DType,
+    device: &Device,
+    options: LoadOptions,
+) -> Result<LanguageModel> {
+    check_dtype(dtype)?;
+    let dir = dir.as_ref();
+    let (config, mut notes) = read_with_notes(dir)?;
+    let files = WeightFiles::open(dir)?;
+    let config = formats::settle(config, files.entries.keys().map(String::as_str));
+    let names = match_names(&config, &files, options.rounded_poles, &mut notes)?;
+    let mut tensors = HashMap::new();
+    for parameter in config.parameters() {
+        let stored = names.get(&parameter.name).unwrap_or(&parameter.name);
+        let mut tensor = files.read(stored, parameter.dtype(dtype), device)?;
+        notes.extend(unstable(&parameter.name, &tensor)?.map(|what| format!("{stored}: {what}")));
+        if options.trainable {
+            tensor = Var::from_tensor(&tensor)?.into_inner();
+        }
+        tensors.insert(parameter.name, tensor);
+    }
+    let mut model = LanguageModel::from_tensors(&config, tensors, dtype, device)?;
+    model.notes = notes;
+    Ok(model)
 }
 
 /// Reads the config of a directory alone.
@@ -42,7 +83,11 @@ pub fn load_trainable(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> R
 /// # Errors
 /// A missing, damaged or unsupported `config.json`, naming the key.
 pub fn read_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
-    let path = dir.as_ref().join("config.json");
+    Ok(read_with_notes(dir.as_ref())?.0)
+}
+
+fn read_with_notes(dir: &Path) -> Result<(ModelConfig, Vec<String>)> {
+    let path = dir.join("config.json");
     let size = fs::metadata(&path).map_err(Error::io(&path))?.len();
     if size > MAX_CONFIG {
         return Err(Error::File { path, reason: format!("expected a config, got {size} bytes") });
@@ -53,41 +98,16 @@ pub fn read_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     formats::read(&path, value)
 }
 
-fn load_with(
-    dir: &Path,
-    dtype: DType,
-    device: &Device,
-    finish: impl Fn(Tensor) -> Result<Tensor>,
-) -> Result<LanguageModel> {
-    check_dtype(dtype)?;
-    let config = read_config(dir)?;
-    let files = WeightFiles::open(dir)?;
-    let config = formats::settle(config, files.entries.keys().map(String::as_str));
-    let names = match_names(&config, &files)?;
-    let mut tensors = HashMap::new();
-    for parameter in config.parameters() {
-        let stored = names.get(&parameter.name).unwrap_or(&parameter.name);
-        let tensor = files.read(stored, parameter.dtype(dtype), device)?;
-        report_unstable(&config.family.upstream_name(&parameter.name), &parameter.name, &tensor)?;
-        tensors.insert(parameter.name, finish(tensor)?);
-    }
-    LanguageModel::from_tensors(&config, tensors, dtype, device)
-}
-
 /// Tells of poles outside the unit circle: the model is what its file says, but its filters grow with the length.
-fn report_unstable(upstream: &str, name: &str, tensor: &Tensor) -> Result<()> {
+fn unstable(name: &str, tensor: &Tensor) -> Result<Option<String>> {
     let poles = match name {
         name if name.ends_with("filter.log_poles") => Poles::Log(tensor),
         name if name.ends_with("filter.poles") => Poles::Complex(tensor),
-        _ => return Ok(()),
+        _ => return Ok(None),
     };
     let largest = poles.largest()?;
-    if largest > 1.0 {
-        eprintln!(
-            "warning: {upstream}: a pole of absolute value {largest}: above 1, its filter grows without bound"
-        );
-    }
-    Ok(())
+    let what = || format!("a pole of absolute value {largest}: above 1, its filter grows without bound");
+    Ok((largest > 1.0).then(what))
 }
 
 /// Whether a stored buffer holds these values, up to the rounding of a half.
@@ -98,7 +118,12 @@ fn agrees(stored: &Tensor, values: &[f64]) -> Result<bool> {
 }
 
 /// The file's name of each parameter, or all that does not fit.
-fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<String, String>> {
+fn match_names(
+    config: &ModelConfig,
+    files: &WeightFiles,
+    rounded_poles: bool,
+    notes: &mut Vec<String>,
+) -> Result<HashMap<String, String>> {
     let mut names = HashMap::new();
     let (mut missing, mut wrong) = (vec![], vec![]);
     for name in files.entries.keys().filter(|name| !config.family.ignores(name)) {
@@ -144,10 +169,16 @@ fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<Stri
             wrong.push(format!("{upstream}: expected shape {:?}, got {:?}", parameter.shape, entry.shape));
         }
         match &entry.dtype {
-            Ok(DType::BF16 | DType::F16) if parameter.name.ends_with("poles") => {
-                wrong.push(format!(
-                    "{upstream}: expected poles of f32 or f64: a rounded pole is another filter"
-                ));
+            Ok(dtype @ (DType::BF16 | DType::F16)) if parameter.name.ends_with("poles") => {
+                let dtype = dtype.as_str();
+                if rounded_poles {
+                    notes.push(format!("{upstream}: poles in {dtype}: rounded, they make another filter"));
+                } else {
+                    wrong.push(format!(
+                        "{upstream}: expected poles of f32 or f64, got {dtype}: rounded, they make another filter \
+                         (the option rounded_poles takes them)"
+                    ));
+                }
             }
             Ok(DType::F64 | DType::F32 | DType::BF16 | DType::F16) => {}
             Ok(dtype) => wrong.push(format!("{upstream}: expected a float dtype, got {dtype:?}")),

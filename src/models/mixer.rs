@@ -6,9 +6,9 @@ use crate::layers::{
     MambaConfig, MambaState, ModalHyena, ModalHyenaConfig, ModalHyenaState, MultiScaleRetention, Parameter,
     RetentionConfig, RetentionState,
 };
-use crate::ops::Segments;
+use crate::ops::{Segments, accumulation_dtype};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -52,11 +52,12 @@ impl MixerConfig {
         }
     }
 
-    /// The most tokens of a sequence, if there is a limit.
-    pub(crate) fn longest(&self) -> Option<usize> {
+    /// The most tokens of a sequence and the name of this limit, if there is one.
+    pub(crate) fn longest(&self) -> Option<(usize, &'static str)> {
         match self {
-            Self::Hyena(config) => Some(config.l_max),
-            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Retention(_) => None,
+            Self::Hyena(config) => Some((config.l_max, "l_max")),
+            Self::Attention(config) => config.max_length.map(|length| (length, "max_length")),
+            Self::Mamba(_) | Self::ModalHyena(_) | Self::Retention(_) => None,
         }
     }
 
@@ -218,6 +219,17 @@ impl MixerState {
             Self::Retention(_) => "retention",
             Self::Hyena(_) => "hyena",
         }
+    }
+
+    /// The dtype of its tensors in a model of `dtype`: keys and values are as wide as the weights, what is summed up over
+    /// the tokens is f32 or wider.
+    pub(crate) fn dtype(&self, dtype: DType) -> DType {
+        if let Self::Attention(_) = self { dtype } else { accumulation_dtype(dtype) }
+    }
+
+    /// Makes room for `tokens` more, where the state grows with them.
+    pub(crate) fn reserve(&mut self, tokens: usize) -> Result<()> {
+        if let Self::Attention(state) = self { state.reserve(tokens) } else { Ok(()) }
     }
 
     /// Whether its tensors are all of it.

@@ -23,7 +23,7 @@ pub use decode::Decoder;
 pub use distill::FilterErrors;
 pub use formats::Family;
 pub use language_model::LanguageModel;
-pub use load::{load, load_trainable, read_config};
+pub use load::{LoadOptions, load, load_trainable, load_with, read_config};
 pub use mixer::{MixerConfig, MixerState};
 pub use state::ModelState;
 pub use weights::write as write_safetensors;

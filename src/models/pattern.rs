@@ -12,9 +12,8 @@ const HEAD: usize = 64;
 const MULTIPLE: usize = 64;
 
 impl ModelConfig {
-    /// A hybrid of one block a word, `mamba`, `hyena` (a gated modal convolution), `retention` or
-    /// `attention`; `mamba*7` is seven
-    /// of them. Every block has an RMS norm and a gated MLP of 8/3 the width.
+    /// A hybrid of one block a word, `mamba`, `hyena` (a gated modal convolution), `retention` or `attention`; `mamba*7` is
+    /// seven of them. Every block has an RMS norm and a gated MLP of 8/3 the width.
     ///
     /// ```
     /// use subquadratic::models::ModelConfig;

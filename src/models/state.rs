@@ -10,7 +10,8 @@ use std::path::Path;
 
 /// What `B` sequences have left behind in a model: everything that is needed to go on.
 ///
-/// Its size does not grow with the sequence. Rows are independent: see [`ModelState::select`].
+/// It grows with the sequence only where a block has attention or a long Hyena filter; [`ModelState::bytes`] tells how large
+/// it is. Rows are independent: see [`ModelState::select`].
 #[derive(Clone, Debug)]
 pub struct ModelState {
     /// One per block.
@@ -98,6 +99,11 @@ impl ModelState {
         self.blocks.iter().map(LayerState::bytes).sum()
     }
 
+    /// The same block by block: the mixer's name and the bytes of its state.
+    pub fn sizes(&self) -> Vec<(&'static str, usize)> {
+        self.blocks.iter().map(|block| (block.mixer(), block.bytes())).collect()
+    }
+
     /// Writes the state to a safetensors file: to a temporary file beside it first, which then takes its name.
     ///
     /// # Errors
@@ -148,10 +154,15 @@ impl ModelState {
             let get = |name: &str| -> Result<Tensor> {
                 let name = format!("blocks.{i}.{name}");
                 let tensor = file.tensor(&name, None, device)?;
-                match (tensor.dims().first() == Some(&positions.len()), tensor.dtype()) {
-                    (true, DType::F32 | DType::F64) => Ok(tensor),
-                    _ => Err(wrong(&format!("{name}: expected [{}, ..] of f32 or f64", positions.len()))),
+                // keys and values are as wide as the weights
+                let dtypes: &[DType] = match mixer {
+                    "attention" => &[DType::F32, DType::F64, DType::BF16, DType::F16],
+                    _ => &[DType::F32, DType::F64],
+                };
+                if tensor.dims().first() == Some(&positions.len()) && dtypes.contains(&tensor.dtype()) {
+                    return Ok(tensor);
                 }
+                Err(wrong(&format!("{name}: expected [{}, ..] of {dtypes:?}", positions.len())))
             };
             MixerState::from_tensors(mixer, get, &positions)?.ok_or_else(|| wrong("unknown mixers"))
         };

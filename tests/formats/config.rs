@@ -7,7 +7,7 @@ use subquadratic::models::read_config;
 
 /// What another value of a key does.
 #[derive(Clone, Copy, Debug)]
-enum Effect {
+pub enum Effect {
     /// Other logits from the same weights.
     Logits,
     /// Other logits in bf16.
@@ -16,6 +16,8 @@ enum Effect {
     Tensors(&'static str),
     /// Refused by name.
     Refused,
+    /// Refused by the name of another key, which contradicts it.
+    Against(&'static str),
     /// Another fresh model, the same logits.
     Init,
     /// Neither: notes for other programs.
@@ -90,40 +92,45 @@ fn effects(family: Family) -> Vec<(&'static str, Value, Effect)> {
 #[test]
 fn every_key_is_honoured_or_refused_by_name() {
     for family in FAMILIES {
-        let saved = Saved::of(family);
-        let ids = ids();
-        let logits = |dtype| load(saved.dir.path(), dtype, &Device::Cpu).unwrap().forward(&ids).unwrap();
-        let (want, want16) = (common::values(&logits(DType::F32)), common::values(&logits(DType::BF16)));
-        let config = read_config(saved.dir.path()).unwrap();
+        check_effects(&format!("{family:?}"), &Saved::of(family), effects(family));
+    }
+}
 
-        let mut written: Vec<String> = vec![];
-        for (key, value) in saved.keys() {
-            match value {
-                Value::Object(inner) if key == "ssm_cfg" => {
-                    written.extend(inner.keys().map(|inner| format!("{key}.{inner}")));
-                }
-                _ => written.push(key),
+/// Every key that was written is listed in `effects`, and does what they say.
+pub fn check_effects(family: &str, saved: &Saved, effects: Vec<(&'static str, Value, Effect)>) {
+    let ids = ids();
+    let logits = |dtype| load(saved.dir.path(), dtype, &Device::Cpu).unwrap().forward(&ids).unwrap();
+    let (want, want16) = (common::values(&logits(DType::F32)), common::values(&logits(DType::BF16)));
+    let config = read_config(saved.dir.path()).unwrap();
+
+    let mut written: Vec<String> = vec![];
+    for (key, value) in saved.keys() {
+        match value {
+            Value::Object(inner) if key == "ssm_cfg" => {
+                written.extend(inner.keys().map(|inner| format!("{key}.{inner}")));
             }
+            _ => written.push(key),
         }
-        let mut listed: Vec<&str> = effects(family).iter().map(|(key, ..)| *key).collect();
-        listed.sort();
-        written.sort();
-        assert_eq!(listed, written, "{family:?}: a key without its test");
+    }
+    let mut listed: Vec<&str> = effects.iter().map(|(key, ..)| *key).collect();
+    listed.sort();
+    written.sort();
+    assert_eq!(listed, written, "{family}: a key without its test");
 
-        for (key, value, effect) in effects(family) {
-            let what = format!("{family:?} {key}: {effect:?}");
-            let _changed = saved.with_key(key, Some(value));
-            match effect {
-                Logits => assert_ne!(common::values(&logits(DType::F32)), want, "{what}"),
-                Bf16Logits => assert_ne!(common::values(&logits(DType::BF16)), want16, "{what}"),
-                Tensors(tensor) => saved.fails(&["model.safetensors", tensor]),
-                Refused => saved.fails(&["config.json", &format!("`{key}`")]),
-                Init => assert_ne!(read_config(saved.dir.path()).unwrap(), config, "{what}"),
-                Nothing => assert_eq!(read_config(saved.dir.path()).unwrap(), config, "{what}"),
-            }
-            if matches!(effect, Init | Nothing) {
-                assert_eq!(common::values(&logits(DType::F32)), want, "{what}");
-            }
+    for (key, value, effect) in effects {
+        let what = format!("{family} {key}: {effect:?}");
+        let _changed = saved.with_key(key, Some(value));
+        match effect {
+            Logits => assert_ne!(common::values(&logits(DType::F32)), want, "{what}"),
+            Bf16Logits => assert_ne!(common::values(&logits(DType::BF16)), want16, "{what}"),
+            Tensors(tensor) => saved.fails(&["model.safetensors", tensor]),
+            Refused => saved.fails(&["config.json", &format!("`{key}`")]),
+            Against(other) => saved.fails(&["config.json", &format!("`{other}`")]),
+            Init => assert_ne!(read_config(saved.dir.path()).unwrap(), config, "{what}"),
+            Nothing => assert_eq!(read_config(saved.dir.path()).unwrap(), config, "{what}"),
+        }
+        if matches!(effect, Init | Nothing) {
+            assert_eq!(common::values(&logits(DType::F32)), want, "{what}");
         }
     }
 }

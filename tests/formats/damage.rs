@@ -67,11 +67,14 @@ fn files() -> &'static [(TempDir, &'static str)] {
             saved.shard(2);
             saved.dir
         };
-        let pickled = tempfile::tempdir().unwrap();
-        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/mamba-original-bin");
-        for name in ["config.json", "pytorch_model.bin"] {
-            fs::copy(fixture.join(name), pickled.path().join(name)).unwrap();
-        }
+        let fixture = |folder: &str, weights: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(folder);
+            for name in ["config.json", weights] {
+                fs::copy(folder.join(name), dir.path().join(name)).unwrap();
+            }
+            dir
+        };
         let state = Saved::of(Family::Mamba);
         let path = state.path("state.safetensors");
         state.model.init_state(2).unwrap().save(path).unwrap();
@@ -81,7 +84,11 @@ fn files() -> &'static [(TempDir, &'static str)] {
             (Saved::of(Family::Mamba).dir, "model.safetensors"),
             (sharded(), INDEX),
             (sharded(), "model-1.safetensors"),
-            (pickled, "pytorch_model.bin"),
+            (fixture("mamba-original-bin", "pytorch_model.bin"), "pytorch_model.bin"),
+            (fixture("striped-hyena", "model.safetensors"), "config.json"),
+            (fixture("evo2-pt", "evo2_tiny.pt"), "config.json"),
+            (fixture("evo2-pt", "evo2_tiny.pt"), "evo2_tiny.pt"),
+            (fixture("jamba", "model.safetensors"), "config.json"),
             (state.dir, "state.safetensors"),
         ]
     })
@@ -92,7 +99,7 @@ proptest! {
 
     #[test]
     fn damaged_files_never_panic(
-        file in 0usize..7,
+        file in 0usize..11,
         damages in prop::collection::vec(damage(), 1..4),
     ) {
         let (dir, name) = &files()[file];

@@ -8,6 +8,7 @@ mod hyena;
 mod pickles;
 mod round_trip;
 mod state;
+mod striped;
 mod weights;
 
 use candle_core::{DType, Device, Tensor};

@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::*;
 use subquadratic::ops::modal_conv::{modal_conv_reference, modal_filter};
-use subquadratic::ops::{ModalConv, Poles, Segments, modal_conv};
+use subquadratic::ops::{LongConv, ModalConv, Poles, Segments, long_conv, modal_conv};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
@@ -155,6 +155,21 @@ fn equals_the_convolution_with_its_filter() {
         }
         let y = Tensor::from_vec(y, (batch, length, channels), &Device::Cpu).unwrap();
         assert_close(&format!("{kind:?}"), &case.run(&t, None).unwrap()[0], &y, 1e-12);
+    }
+}
+
+/// The same by transforms of the whole sequence.
+#[test]
+fn equals_its_fft_form() {
+    for kind in KINDS {
+        let case = Case { batch: 2, length: 3000, channels: 19, states: 5, kind, skip: true, state: false };
+        for (dtype, tolerance) in [(DType::F64, 1e-11), (DType::F32, 1e-5)] {
+            let t = cast(&case.tensors(4), dtype);
+            let filter = modal_filter(case.args(&t, None).poles, &t[2], case.length).unwrap();
+            let fft = LongConv { d: Some(&t[3]), ..LongConv::new(&t[0], &filter) };
+            let want = long_conv(&fft).unwrap();
+            assert_close(&format!("{kind:?} {dtype:?}"), &case.run(&t, None).unwrap()[0], &want, tolerance);
+        }
     }
 }
 

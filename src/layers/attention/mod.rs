@@ -10,6 +10,7 @@
 //! al. 2023), section 2, for the window.
 
 mod config;
+mod room;
 mod state;
 
 pub use config::{AttentionConfig, QkvLayout, RotaryConfig};
@@ -18,10 +19,11 @@ pub use state::AttentionState;
 use super::Linear;
 use super::parameter::Reader;
 use crate::ops::rotary::positions;
-use crate::ops::{self, Rotary, Segments, accumulation_dtype, rotary};
+use crate::ops::{self, Rotary, Segments, rotary};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
+use rand::Rng;
 
 /// The attention mixer; see the [module](self) for the formula.
 #[derive(Clone, Debug)]
@@ -52,6 +54,14 @@ impl Attention {
         })
     }
 
+    /// A fresh layer's parameters: see [`AttentionConfig::init`].
+    ///
+    /// # Errors
+    /// Sizes that cannot be allocated.
+    pub fn init(config: &AttentionConfig, rng: &mut impl Rng, scale: f64) -> Result<Vec<(String, Tensor)>> {
+        config.init(rng, scale)
+    }
+
     /// The sizes it was built with.
     pub fn config(&self) -> &AttentionConfig {
         &self.config
@@ -63,7 +73,7 @@ impl Attention {
     /// A failed allocation.
     pub fn init_state(&self, batch: usize) -> Result<AttentionState> {
         let weight = &self.output.weight;
-        AttentionState::zeros(&self.config, batch, accumulation_dtype(weight.dtype()), weight.device())
+        AttentionState::zeros(&self.config, batch, weight.dtype(), weight.device())
     }
 
     /// `[B, L, D]` to `[B, L, D]`, each row one sequence from its beginning.
@@ -109,12 +119,11 @@ impl Attention {
         if let Some(segments) = segments {
             segments.check("attention", batch, length)?;
         }
-        let wide = accumulation_dtype(x.dtype());
         let mut held = match state.as_deref() {
             Some(state) => state.clone(),
             None => AttentionState::zeros(c, batch, x.dtype(), x.device())?,
         };
-        held.check(c, batch)?;
+        held.check(c, batch, x.dtype())?;
         self.check_length(&held.positions, segments, length)?;
         if length == 0 || batch == 0 {
             return Ok(x.clone());
@@ -122,9 +131,6 @@ impl Attention {
         let [q, k, v] = self.project(x, batch, length)?;
         let places = positions(&held.positions, segments, length);
         let (q, k) = (self.turn(q, &places)?, self.turn(k, &places)?);
-        // with a state all are computed in its dtype, so that the cut does not matter
-        let dtype = if state.is_some() { wide } else { x.dtype() };
-        let [q, k, v] = [q.to_dtype(dtype)?, k.to_dtype(dtype)?, v.to_dtype(dtype)?];
         let sight = held.sight(&k, &v, segments)?;
         let y = ops::attention(&ops::Attention {
             q: &q,
@@ -133,7 +139,7 @@ impl Attention {
             scale: (c.head_dim as f64).powf(-0.5),
             keys: &sight.keys,
         })?;
-        let out = self.output.forward(&y.flatten_from(2)?.to_dtype(x.dtype())?)?;
+        let out = self.output.forward(&y.flatten_from(2)?)?;
         if let Some(state) = state {
             held.advance(sight, segments, length);
             *state = held;

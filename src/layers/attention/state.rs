@@ -1,26 +1,27 @@
 //! The keys and values that an attention layer keeps.
 
 use super::AttentionConfig;
+use super::room::Place;
 use crate::layers::LayerState;
 use crate::ops::Segments;
-use crate::ops::attention::causal;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
-/// The state of an [`Attention`](super::Attention) layer, batch first, f32 (f64 for f64 models).
+/// The state of an [`Attention`](super::Attention) layer, batch first, in the dtype of the model.
 ///
-/// It grows with the sequence, up to the window where there is one.
+/// It grows with the sequence, up to the window where there is one. Tokens are written into room behind those before
+/// them, which clones share: a step copies no key but its own.
 #[derive(Clone, Debug)]
 pub struct AttentionState {
-    /// Keys, turned to their positions: `[B, P, G, K]`. The first of a row count, as many as are [`AttentionState::seen`].
-    pub k: Tensor,
-    /// Values, `[B, P, G, K]`.
-    pub v: Tensor,
+    k: Tensor,
+    v: Tensor,
     /// How many tokens each row has had.
     pub positions: Vec<usize>,
     /// Keys that a row keeps at most.
     window: Option<usize>,
+    /// Where `k` and `v` lie, if there is room behind them.
+    place: Option<Place>,
 }
 
 /// Keys and values that the queries of a call may see, and what remains for the next.
@@ -30,6 +31,7 @@ pub(super) struct Sight {
     /// What each query sees.
     pub(super) keys: Vec<Range<usize>>,
     next: [Tensor; 2],
+    place: Option<Place>,
 }
 
 impl AttentionState {
@@ -44,7 +46,18 @@ impl AttentionState {
 
     pub(crate) fn new(k: Tensor, v: Tensor, positions: Vec<usize>, window: Option<usize>) -> Self {
         // the token itself is one of the window
-        Self { k, v, positions, window: window.map(|window| window - 1) }
+        Self { k, v, positions, window: window.map(|window| window - 1), place: None }
+    }
+
+    /// Keys, turned to their positions: `[B, P, G, K]`. The last of a row count, as many as are
+    /// [seen](AttentionState::seen).
+    pub fn k(&self) -> &Tensor {
+        &self.k
+    }
+
+    /// Values, `[B, P, G, K]`.
+    pub fn v(&self) -> &Tensor {
+        &self.v
     }
 
     /// How many keys a row has.
@@ -52,13 +65,33 @@ impl AttentionState {
         self.positions[row].min(self.window.unwrap_or(usize::MAX))
     }
 
-    /// Checks that this belongs to `batch` sequences of a layer of `config`.
-    pub(super) fn check(&mut self, config: &AttentionConfig, batch: usize) -> Result<()> {
+    /// Makes room for `tokens` more of each row, and no more: a sequence whose length is known is never copied.
+    ///
+    /// # Errors
+    /// A failed allocation.
+    pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        if self.window.is_none() && !self.is_tracked() {
+            self.keep(Place::new(&self.k, &self.v, tokens, false)?)?;
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, place: Place) -> Result<()> {
+        [self.k, self.v] = place.tensors()?;
+        self.place = Some(place);
+        Ok(())
+    }
+
+    /// Checks that this belongs to `batch` sequences of a layer of `config` in `dtype`.
+    pub(super) fn check(&mut self, config: &AttentionConfig, batch: usize, dtype: DType) -> Result<()> {
         for (name, tensor) in [("k", &self.k), ("v", &self.v)] {
+            let name = format!("attention state: {name}");
             let expected = [batch, self.k.dim(1)?, config.kv_heads, config.head_dim];
             if tensor.dims() != expected {
-                let name = format!("attention state: {name}");
                 return Err(Error::shape(name, format!("[B, P, G, K] = {expected:?}"), tensor.dims()));
+            }
+            if tensor.dtype() != dtype {
+                return Err(Error::dtype(name, format!("{dtype:?}, as x has"), tensor.dtype()));
             }
         }
         self.window = config.window.map(|window| window - 1);
@@ -73,42 +106,59 @@ impl AttentionState {
 
     /// What the queries of `k` and `v`, `[B, L, G, K]` in the state's dtype, see.
     pub(super) fn sight(&self, k: &Tensor, v: &Tensor, segments: Option<&Segments>) -> Result<Sight> {
-        let (batch, length) = (k.dim(0)?, k.dim(1)?);
+        let (batch, length, past) = (k.dim(0)?, k.dim(1)?, self.k.dim(1)?);
         let seen: Vec<usize> = (0..batch).map(|row| self.seen(row)).collect();
         let window = self.window.map(|window| window + 1);
-        let alike = seen.iter().all(|&count| count == seen[0]);
-        if segments.is_none() && alike {
-            let past = seen.first().copied().unwrap_or(0);
-            let join = |past_of: &Tensor, new: &Tensor| -> Result<Tensor> {
-                if past == 0 {
-                    return Ok(new.clone());
-                }
-                Ok(Tensor::cat(&[&past_of.narrow(1, 0, past)?, new], 1)?)
+        if let Some(segments) = segments {
+            let plan = Ragged::new(segments, &seen, past, window);
+            let gather = |past: &Tensor, new: &Tensor| -> Result<[Tensor; 2]> {
+                let all = Tensor::cat(&[past, new], 1)?;
+                Ok([plan.gather(&all, &plan.rows)?, plan.gather(&all, &plan.kept)?])
             };
-            let (k, v) = (join(&self.k, k)?, join(&self.v, v)?);
-            let total = past + length;
-            let kept = total.min(self.window.unwrap_or(usize::MAX));
-            let last = |x: &Tensor| -> Result<Tensor> {
-                // a slice of a window would keep the whole alive
-                let part = x.narrow(1, total - kept, kept)?;
-                Ok(if kept < total { part.force_contiguous()? } else { part.contiguous()? })
-            };
-            let next = [last(&k)?, last(&v)?];
-            return Ok(Sight { k, v, keys: causal(batch, length, total, window), next });
+            let ([k, next_k], [v, next_v]) = (gather(&self.k, k)?, gather(&self.v, v)?);
+            return Ok(Sight { k, v, keys: plan.keys, next: [next_k, next_v], place: None });
         }
-        let segments = Segments::or_whole(segments, batch, length);
-        let plan = Ragged::new(&segments, &seen, self.k.dim(1)?, window);
-        let gather = |past: &Tensor, new: &Tensor| -> Result<[Tensor; 2]> {
-            let all = Tensor::cat(&[past, new], 1)?;
-            Ok([plan.gather(&all, &plan.rows)?, plan.gather(&all, &plan.kept)?])
+        let of = |row: usize, t: usize| {
+            let end = past + t + 1;
+            end - (seen[row] + t + 1).min(window.unwrap_or(usize::MAX))..end
         };
-        let ([k, next_k], [v, next_v]) = (gather(&self.k, k)?, gather(&self.v, v)?);
-        Ok(Sight { k, v, keys: plan.keys, next: [next_k, next_v] })
+        let keys = (0..batch).flat_map(|row| (0..length).map(move |t| (row, t)));
+        let keys = keys.map(|(row, t)| of(row, t)).collect();
+        let kept = (past + length).min(self.window.unwrap_or(usize::MAX));
+        let tracked = self.is_tracked() || k.track_op() || v.track_op();
+        if tracked || (past == 0 && self.place.is_none()) {
+            let join = |past: &Tensor, new: &Tensor| -> Result<[Tensor; 2]> {
+                let all = if past.dim(1)? == 0 { new.contiguous()? } else { Tensor::cat(&[past, new], 1)? };
+                let last = all.narrow(1, all.dim(1)? - kept, kept)?;
+                // a slice of a window would keep the whole alive
+                let last = if kept < past.dim(1)? + length { last.force_contiguous()? } else { last };
+                Ok([all, last])
+            };
+            let ([k, next_k], [v, next_v]) = (join(&self.k, k)?, join(&self.v, v)?);
+            return Ok(Sight { k, v, keys, next: [next_k, next_v], place: None });
+        }
+        let place = match &self.place {
+            Some(place) => place.push(k, v)?,
+            None => None,
+        };
+        let place = match place {
+            Some(place) => place,
+            None => {
+                let place = Place::new(&self.k, &self.v, length, true)?;
+                place
+                    .push(k, v)?
+                    .ok_or_else(|| Error::value("attention state", "room for the tokens", "none"))?
+            }
+        };
+        let [k, v] = place.tensors()?;
+        let place = place.last(kept);
+        Ok(Sight { k, v, keys, next: place.tensors()?, place: Some(place) })
     }
 
     /// Takes what remains for the next call.
     pub(super) fn advance(&mut self, sight: Sight, segments: Option<&Segments>, length: usize) {
         [self.k, self.v] = sight.next;
+        self.place = sight.place;
         crate::layers::state::advance(&mut self.positions, segments, length);
     }
 }
@@ -119,7 +169,7 @@ struct Ragged {
     rows: Vec<Vec<usize>>,
     /// Per row the places of those that its last sequence leaves.
     kept: Vec<Vec<usize>>,
-    /// What each query sees of `rows`.
+    /// What each query sees of `rows`, once they end together.
     keys: Vec<Range<usize>>,
 }
 
@@ -129,7 +179,7 @@ impl Ragged {
         let (mut rows, mut kept) = (vec![], vec![]);
         let mut keys = vec![0..0; seen.len() * length];
         for (row, &seen) in seen.iter().enumerate() {
-            let mut places: Vec<usize> = (0..seen).collect();
+            let mut places: Vec<usize> = (past - seen..past).collect();
             let mut start = 0;
             for run in segments.row(row) {
                 if run.fresh {
@@ -145,10 +195,18 @@ impl Ragged {
             kept.push(places[first.max(start)..].to_vec());
             rows.push(places);
         }
+        let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
+        for (row, places) in rows.iter().enumerate() {
+            let shift = longest - places.len();
+            for keys in keys[row * length..(row + 1) * length].iter_mut().filter(|keys| keys.start < keys.end)
+            {
+                *keys = keys.start + shift..keys.end + shift;
+            }
+        }
         Self { rows, kept, keys }
     }
 
-    /// The keys of `x` `[B, M, G, K]` at `places`, rows filled up at the end.
+    /// The keys of `x` `[B, M, G, K]` at `places`, all rows ending together.
     fn gather(&self, x: &Tensor, places: &[Vec<usize>]) -> Result<Tensor> {
         let (batch, total, groups, width) = x.dims4()?;
         let longest = places.iter().map(Vec::len).max().unwrap_or(0);
@@ -156,7 +214,8 @@ impl Ragged {
             return Ok(Tensor::zeros((batch, 0, groups, width), x.dtype(), x.device())?);
         }
         let row = |(row, places): (usize, &Vec<usize>)| {
-            let filled = places.iter().copied().chain(std::iter::repeat(0)).take(longest);
+            let filler = std::iter::repeat_n(0, longest - places.len());
+            let filled = filler.chain(places.iter().copied());
             filled.map(|place| (row * total + place) as u32).collect::<Vec<_>>()
         };
         let index: Vec<u32> = places.iter().enumerate().flat_map(row).collect();
@@ -172,6 +231,8 @@ impl LayerState for AttentionState {
     }
 
     fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        // what may be put in their place lies elsewhere
+        self.place = None;
         vec![("k", &mut self.k), ("v", &mut self.v)]
     }
 
@@ -182,7 +243,16 @@ impl LayerState for AttentionState {
     fn reset(&mut self) -> Result<()> {
         let none = |x: &Tensor| x.narrow(1, 0, 0)?.zeros_like().map(|x| x.detach());
         (self.k, self.v) = (none(&self.k)?, none(&self.v)?);
+        self.place = None;
         self.positions.fill(0);
         Ok(())
+    }
+
+    /// Room for tokens to come included.
+    fn bytes(&self) -> usize {
+        match &self.place {
+            Some(place) => place.bytes(),
+            None => 2 * self.k.elem_count() * self.k.dtype().size_in_bytes(),
+        }
     }
 }

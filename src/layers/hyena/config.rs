@@ -16,6 +16,7 @@ pub enum SineFrequency {
 
 /// A filter that a small network computes from the position.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ImplicitFilter {
     /// Features of a position: time, and as many cosines and sines; odd, at least 3.
     pub emb_dim: usize,
@@ -70,6 +71,7 @@ pub enum FilterOrder {
 
 /// The sizes and options of a [`Hyena`](super::Hyena) layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HyenaConfig {
     /// Width of input and output, `D`.
     pub d_model: usize,

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// The order of the joint projection's `3 D` channels: which of them are `x2`, `x1` and `v`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ChannelOrder {
     /// `D` of each.
     Thirds,
@@ -22,7 +22,7 @@ pub enum ChannelOrder {
 
 /// The inner filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum HyenaFilter {
     /// A sum of exponentials with complex poles: `filter.poles` and `filter.residues` `[D, S, 1, 2]`.
     Complex {

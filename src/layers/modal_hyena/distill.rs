@@ -18,6 +18,8 @@ pub struct Distilled {
     pub parameters: Vec<(String, Tensor)>,
     /// Per channel the norm of what the filter differs by over its own norm, of the parameters as they are here.
     pub errors: Vec<f64>,
+    /// Per channel what no filter of so many states can have as its error.
+    pub bounds: Vec<f64>,
 }
 
 impl ModalHyena {
@@ -25,7 +27,7 @@ impl ModalHyena {
     /// taps; projections, short filter, gates and skip weights are taken over as they are.
     ///
     /// Only layers of order 2 have the form of a gated modal layer, one gate before one filter and one behind; they
-    /// decode in constant time afterwards. Costs some `100 l_max S^2` operations a channel.
+    /// decode in constant time afterwards. See [`fit_modal`] for the cost.
     ///
     /// Source: Laughing Hyena (Massaroli et al. 2023), section 3.
     ///
@@ -73,7 +75,7 @@ impl ModalHyena {
         };
         let names = to.parameters().into_iter().map(|parameter| parameter.name);
         let parameters = names.map(|name| Ok((name.clone(), parameter(&name)?))).collect::<Result<_>>()?;
-        Ok(Distilled { config: to, parameters, errors })
+        Ok(Distilled { config: to, parameters, errors, bounds: fit.bounds })
     }
 }
 

@@ -85,31 +85,33 @@ pub(super) fn write(config: &ModelConfig) -> Result<Object> {
             _ => None,
         })
     };
-    let kind = |filter: &HyenaFilter| match filter {
-        HyenaFilter::Complex { .. } => None,
-        HyenaFilter::Real { .. } => Some("hcl"),
-        HyenaFilter::Medium { .. } => Some("hcm"),
-        HyenaFilter::Short { .. } => Some("hcs"),
+    // the two kinds of filters with taps, whose names say nothing: the longer one first
+    let taps = |filter: &HyenaFilter| match *filter {
+        HyenaFilter::Medium { taps, groups } | HyenaFilter::Short { taps, groups } => Some((taps, groups)),
+        _ => None,
     };
-    for name in ["hcl", "hcm", "hcs"] {
-        let is = |mixer: &MixerConfig| matches!(mixer, MixerConfig::ModalHyena(c) if kind(&c.filter) == Some(name));
-        put(&format!("{name}_layer_idxs"), json!(positions(config, is)));
+    let mut kinds: Vec<_> = hyena().filter_map(|layer| taps(&layer.filter)).collect();
+    kinds.sort_by(|a, b| b.cmp(a));
+    kinds.dedup();
+    if let [(taps, _)] = kinds[..]
+        && taps < MEDIUM
+    {
+        kinds.insert(0, (MEDIUM, config.hidden_size));
     }
+    for (name, kind) in ["hcm", "hcs"].into_iter().zip(kinds.iter().map(Some).chain([None, None])) {
+        let is = |mixer: &MixerConfig| matches!(mixer, MixerConfig::ModalHyena(layer) if kind.is_some() && taps(&layer.filter) == kind.copied());
+        put(&format!("{name}_layer_idxs"), json!(positions(config, is)));
+        if let Some((taps, groups)) = kind {
+            put(&format!("{name}_filter_length"), (*taps).into());
+            put(&format!("{name}_filter_groups"), (*groups).into());
+        }
+    }
+    let is_long = |mixer: &MixerConfig| matches!(mixer, MixerConfig::ModalHyena(layer) if matches!(layer.filter, HyenaFilter::Real { .. }));
+    put("hcl_layer_idxs", json!(positions(config, is_long)));
     for layer in hyena() {
-        match layer.filter {
-            HyenaFilter::Complex { .. } => {}
-            HyenaFilter::Real { states, groups } => {
-                put("state_size", states.into());
-                put("hcl_filter_groups", groups.into());
-            }
-            HyenaFilter::Medium { taps, groups } => {
-                put("hcm_filter_length", taps.into());
-                put("hcm_filter_groups", groups.into());
-            }
-            HyenaFilter::Short { taps, groups } => {
-                put("hcs_filter_length", taps.into());
-                put("hcs_filter_groups", groups.into());
-            }
+        if let HyenaFilter::Real { states, groups } = layer.filter {
+            put("state_size", states.into());
+            put("hcl_filter_groups", groups.into());
         }
         put("interleave", (layer.order == ChannelOrder::Interleaved).into());
         put("hyena_out_proj_bias", layer.out_bias.into());

@@ -74,6 +74,7 @@ pub(super) struct Keys<'a> {
     prefix: String,
     object: Map<String, Value>,
     read: RefCell<HashSet<String>>,
+    notes: RefCell<Vec<String>>,
 }
 
 impl<'a> Keys<'a> {
@@ -84,7 +85,8 @@ impl<'a> Keys<'a> {
     fn with_prefix(path: &'a Path, prefix: &str, value: Value) -> Result<Self> {
         match value {
             Value::Object(object) => {
-                Ok(Self { path, prefix: prefix.into(), object, read: RefCell::default() })
+                let (read, notes) = (RefCell::default(), RefCell::default());
+                Ok(Self { path, prefix: prefix.into(), object, read, notes })
             }
             other => {
                 let at = if prefix.is_empty() { String::new() } else { format!("`{prefix}`: ") };
@@ -113,6 +115,19 @@ impl<'a> Keys<'a> {
     /// Counts keys off that do not matter.
     pub(super) fn ignore(&self, keys: &[&str]) {
         self.read.borrow_mut().extend(keys.iter().map(|key| key.to_string()));
+    }
+
+    /// Tells of what is tolerated at `key` but is not as it should be.
+    pub(super) fn note(&self, key: &str, what: &str) {
+        let note = format!("{}: key `{}{key}`: {what}", self.path.display(), self.prefix);
+        let mut notes = self.notes.borrow_mut();
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
+    }
+
+    pub(super) fn notes(self) -> Vec<String> {
+        self.notes.into_inner()
     }
 
     pub(super) fn text(&self, key: &str) -> Result<Option<String>> {

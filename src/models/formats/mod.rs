@@ -159,8 +159,8 @@ impl Family {
 /// What `model_type` may say.
 const MODEL_TYPES: &str = "mamba, falcon_mamba, retnet, hyenadna, stripedhyena, evo2, jamba or subquadratic";
 
-/// The model that a `config.json` describes.
-pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
+/// The model that a `config.json` describes, and what was tolerated in it.
+pub(crate) fn read(path: &Path, value: Value) -> Result<(ModelConfig, Vec<String>)> {
     let keys = Keys::new(path, value)?;
     let config = match keys.text("model_type")?.as_deref() {
         Some("mamba") => mamba_hf::read(&keys)?,
@@ -188,7 +188,7 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<ModelConfig> {
     };
     keys.refuse_unknown()?;
     config.validate().map_err(|e| Error::File { path: path.into(), reason: e.to_string() })?;
-    Ok(config)
+    Ok((config, keys.notes()))
 }
 
 /// What the names of a checkpoint's tensors decide where its config and its family's code disagree: fla's model never
@@ -229,7 +229,7 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
     }
     let value = Value::Object(keys);
     // what cannot be told in the family's keys would come back as another model
-    let mut back = read(path, value.clone())?;
+    let (mut back, _) = read(path, value.clone())?;
     back.tokens = config.tokens.clone();
     back.rescale_residual = config.rescale_residual;
     if back != *config {

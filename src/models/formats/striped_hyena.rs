@@ -171,7 +171,7 @@ pub(super) fn indices(keys: &Keys, key: &str, layers: usize) -> Result<Option<Ve
     let all = all.ok_or_else(|| keys.wrong(key, "a list of layers", &value.to_string()))?;
     let beyond: Vec<_> = all.iter().filter(|&&i| i >= layers).collect();
     if !beyond.is_empty() {
-        eprintln!("warning: config.json: {key} names the layers {beyond:?} of {layers}; they are left out");
+        keys.note(key, &format!("the layers {beyond:?} are left out, for there are {layers}"));
     }
     Ok(Some(all.into_iter().filter(|&i| i < layers).collect()))
 }

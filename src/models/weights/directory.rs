@@ -34,11 +34,23 @@ impl WeightFiles {
                 return Ok(Self { entries: open(&path)?, path });
             }
         }
-        let names: Vec<_> = candidates.iter().map(|(name, _)| *name).collect();
-        Err(Error::File {
-            path: dir.into(),
-            reason: format!("no weights: expected one of {}", names.join(", ")),
-        })
+        // state dicts that are named after their model, as Evo 2's
+        let files = fs::read_dir(dir).map_err(Error::io(dir))?.flatten().map(|entry| entry.path());
+        let mut named: Vec<PathBuf> =
+            files.filter(|path| path.extension().is_some_and(|e| e == "pt")).collect();
+        named.sort();
+        let reason = match named.as_slice() {
+            [path] => return Ok(Self { entries: pytorch::entries(path)?, path: path.clone() }),
+            [] => {
+                let names: Vec<_> = candidates.iter().map(|(name, _)| *name).collect();
+                format!("no weights: expected one of {}, or a file *.pt", names.join(", "))
+            }
+            several => {
+                let names = several.iter().filter_map(|path| Some(path.file_name()?.display().to_string()));
+                format!("expected one file *.pt, got {}", names.collect::<Vec<_>>().join(", "))
+            }
+        };
+        Err(Error::File { path: dir.into(), reason })
     }
 
     /// Whether two tensors, both of which are there, hold the same values.

@@ -31,7 +31,11 @@ pub(super) fn entries(path: &Path) -> Result<BTreeMap<String, Entry>> {
     let mut entries = BTreeMap::new();
     for &(key, value) in items {
         let name = pickle.text(key).ok_or_else(|| zip.wrong("a key that is no string"))?;
-        let tensor = tensor(&pickle, value).map_err(|e| zip.wrong(&format!("`{name}`: {e}")))?;
+        let tensor = match tensor(&pickle, value) {
+            // what a layer keeps beside its weights, in whatever form
+            Err(_) if name.ends_with("._extra_state") => continue,
+            tensor => tensor.map_err(|e| zip.wrong(&format!("`{name}`: {e}")))?,
+        };
         let storage = zip.find(&format!("{folder}data/{}", tensor.storage))?;
         let storage = storage.ok_or_else(|| zip.wrong(&format!("the data of `{name}` is missing")))?;
         let width = tensor.dtype.as_ref().map_or(1, |dtype| dtype.size_in_bytes());

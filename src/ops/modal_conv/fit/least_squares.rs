@@ -1,33 +1,45 @@
 //! Refinement of poles and residues: Levenberg and Marquardt's method.
 //!
-//! A pole is `exp(-e^a + i b)`, so that it stays within the unit circle; the parameters of a state are `a`, `b` and the
-//! two parts of its residue.
+//! A pole is `p = exp(-e^a + i b)`, so that it stays within the unit circle; the parameters of a state are `a`, `b` and the
+//! two parts of its residue `R`. The slopes of the filter are all of the form `Re c t^m p^t`,
+//!
+//! ```text
+//! a: c = -e^a R, m = 1      b: c = i R, m = 1      Re R: c = 1, m = 0      Im R: c = i, m = 0
+//! ```
+//!
+//! and their products sum up to `Re (c c' T(p p') + c c'* T(p p'*)) / 2` with `T(z) = sum_t t^(m + m') z^t`, which takes
+//! `log L` operations: a step of the method costs `O(L S + S^2 log L + S^3)`.
 
 use super::{Complex, Mode, times};
 
 /// Steps at most.
 const STEPS: usize = 100;
+/// Dampings tried in a step at most, each 4 times the one before.
+const TRIES: usize = 24;
 /// A step that gains less than this part of what is left is the last.
 const GAIN: f64 = 1e-10;
+/// Of a pole, per token.
+const LEAST_DECAY: f64 = 1e-10;
 
 /// The modes nearest to `filter` from a start of `poles`, and the sum of squares that is left.
 pub(super) fn refine(filter: &[f64], poles: &[Complex]) -> (Vec<Mode>, f64) {
     let mut parameters = start(filter, poles);
-    let mut left = squares(filter, &parameters);
+    let (mut rest, mut left) = difference(filter, &parameters);
     let mut damping = 1e-3;
     for _ in 0..STEPS {
-        let (matrix, right) = normal_equations(filter, &parameters);
+        let matrix = products(&parameters, filter.len());
+        let right = slopes(&rest, &parameters);
         let mut gained = None;
-        for _ in 0..8 {
+        for _ in 0..TRIES {
             let Some(step) = damped(&matrix, &right, damping) else {
                 damping *= 4.0;
                 continue;
             };
             let moved: Vec<f64> = parameters.iter().zip(&step).map(|(p, s)| p + s).collect();
-            let after = squares(filter, &moved);
-            if after < left {
-                gained = Some((left - after) / left);
-                (parameters, left) = (moved, after);
+            let (after, sum) = difference(filter, &moved);
+            if sum < left {
+                gained = Some((left - sum) / left);
+                (parameters, rest, left) = (moved, after, sum);
                 damping = (damping / 3.0).max(1e-12);
                 break;
             }
@@ -47,7 +59,15 @@ fn start(filter: &[f64], poles: &[Complex]) -> Vec<f64> {
         [decay.ln(), im.atan2(re), 0.0, 0.0]
     };
     let mut parameters: Vec<f64> = poles.iter().flat_map(angles).collect();
-    fit_residues(filter, &mut parameters);
+    let (matrix, right) = (products(&parameters, filter.len()), slopes(filter, &parameters));
+    let n = right.len();
+    let places: Vec<usize> = (0..n).filter(|i| i % 4 >= 2).collect();
+    let part: Vec<f64> =
+        places.iter().flat_map(|i| places.iter().map(|j| matrix[i * n + j]).collect::<Vec<_>>()).collect();
+    let right: Vec<f64> = places.iter().map(|&i| right[i]).collect();
+    if let Some(residues) = damped(&part, &right, 1e-10) {
+        places.iter().zip(residues).for_each(|(&i, x)| parameters[i] = x);
+    }
     parameters
 }
 
@@ -63,54 +83,116 @@ pub(super) fn energies(filter: &[f64], poles: &[Complex]) -> Vec<f64> {
 }
 
 fn mode(p: &[f64]) -> Mode {
-    let radius = (-p[0].exp()).exp();
+    let radius = (-p[0].exp().max(LEAST_DECAY)).exp();
     Mode { pole: (radius * p[1].cos(), radius * p[1].sin()), residue: (p[2], p[3]) }
 }
 
-/// Calls `each(t, terms)` with `R p^t` and `p^t` of every state.
-fn walk(parameters: &[f64], length: usize, mut each: impl FnMut(usize, &[[Complex; 2]])) {
-    let modes: Vec<Mode> = parameters.chunks_exact(4).map(mode).collect();
-    let mut terms: Vec<[Complex; 2]> = modes.iter().map(|mode| [mode.residue, (1.0, 0.0)]).collect();
-    for t in 0..length {
-        each(t, &terms);
-        for (term, mode) in terms.iter_mut().zip(&modes) {
-            *term = term.map(|x| times(x, mode.pole));
+/// The powers of all poles, token by token.
+struct Powers {
+    re: Vec<f64>,
+    im: Vec<f64>,
+    poles: Vec<Complex>,
+}
+
+impl Powers {
+    fn new(modes: &[Mode]) -> Self {
+        let poles: Vec<Complex> = modes.iter().map(|mode| mode.pole).collect();
+        Self { re: vec![1.0; poles.len()], im: vec![0.0; poles.len()], poles }
+    }
+
+    fn step(&mut self) {
+        for ((re, im), p) in self.re.iter_mut().zip(&mut self.im).zip(&self.poles) {
+            (*re, *im) = (*re * p.0 - *im * p.1, *re * p.1 + *im * p.0);
         }
     }
 }
 
-fn squares(filter: &[f64], parameters: &[f64]) -> f64 {
-    let mut sum = 0.0;
-    walk(parameters, filter.len(), |t, terms| {
-        let left = filter[t] - terms.iter().map(|[x, _]| x.0).sum::<f64>();
-        sum += left * left;
-    });
-    if sum.is_finite() { sum } else { f64::INFINITY }
+/// `filter` without the modes' sum, and its sum of squares.
+fn difference(filter: &[f64], parameters: &[f64]) -> (Vec<f64>, f64) {
+    let modes: Vec<Mode> = parameters.chunks_exact(4).map(mode).collect();
+    let mut powers = Powers::new(&modes);
+    let left = |&k: &f64| {
+        let terms = modes.iter().zip(&powers.re).zip(&powers.im);
+        let sum: f64 = terms.map(|((mode, re), im)| mode.residue.0 * re - mode.residue.1 * im).sum();
+        powers.step();
+        k - sum
+    };
+    let left: Vec<f64> = filter.iter().map(left).collect();
+    let squares: f64 = left.iter().map(|x| x * x).sum();
+    (left, if squares.is_finite() { squares } else { f64::INFINITY })
 }
 
-/// `J^T J` and `J^T left`.
-fn normal_equations(filter: &[f64], parameters: &[f64]) -> (Vec<f64>, Vec<f64>) {
-    let n = parameters.len();
-    let (mut matrix, mut right, mut row) = (vec![0.0; n * n], vec![0.0; n], vec![0.0; n]);
-    walk(parameters, filter.len(), |t, terms| {
-        let mut left = filter[t];
-        for ((slopes, [x, power]), p) in row.chunks_exact_mut(4).zip(terms).zip(parameters.chunks_exact(4)) {
-            left -= x.0;
-            slopes.copy_from_slice(&[-(t as f64) * p[0].exp() * x.0, -(t as f64) * x.1, power.0, -power.1]);
+/// The factors `c` of a mode's four slopes; the first two have `m = 1`.
+fn factors(p: &[f64]) -> [Complex; 4] {
+    let decay = -p[0].exp();
+    [(decay * p[2], decay * p[3]), (-p[3], p[2]), (1.0, 0.0), (0.0, 1.0)]
+}
+
+/// The sums over time of `left` times every slope.
+fn slopes(left: &[f64], parameters: &[f64]) -> Vec<f64> {
+    let modes: Vec<Mode> = parameters.chunks_exact(4).map(mode).collect();
+    let mut powers = Powers::new(&modes);
+    // of left p^t and t left p^t
+    let mut sums = [0; 4].map(|_| vec![0.0; modes.len()]);
+    let [re, im, t_re, t_im] = &mut sums;
+    for (t, &left) in left.iter().enumerate() {
+        let times = t as f64 * left;
+        for s in 0..modes.len() {
+            re[s] += left * powers.re[s];
+            im[s] += left * powers.im[s];
+            t_re[s] += times * powers.re[s];
+            t_im[s] += times * powers.im[s];
         }
-        for i in 0..n {
-            right[i] += row[i] * left;
-            for j in 0..=i {
-                matrix[i * n + j] += row[i] * row[j];
+        powers.step();
+    }
+    let mut all = Vec::with_capacity(parameters.len());
+    for (s, p) in parameters.chunks_exact(4).enumerate() {
+        for (i, c) in factors(p).into_iter().enumerate() {
+            let sum = if i < 2 { (t_re[s], t_im[s]) } else { (re[s], im[s]) };
+            all.push(times(c, sum).0);
+        }
+    }
+    all
+}
+
+/// `sum_(t < length) t^m z^t` for `m` of 0 to 2, by doubling.
+fn sums(z: Complex, length: usize) -> [Complex; 3] {
+    let mut sums = [(0.0, 0.0); 3];
+    let (mut n, mut power) = (0.0, (1.0, 0.0));
+    let plus = |a: Complex, factor: f64, b: Complex| (a.0 + factor * b.0, a.1 + factor * b.1);
+    for bit in (0..usize::BITS - length.leading_zeros()).rev() {
+        let [zero, one, two] = sums;
+        let shifted = [zero, plus(one, n, zero), plus(plus(two, 2.0 * n, one), n * n, zero)];
+        sums = [0, 1, 2].map(|m| plus(sums[m], 1.0, times(power, shifted[m])));
+        (n, power) = (2.0 * n, times(power, power));
+        if length >> bit & 1 == 1 {
+            sums = [plus(sums[0], 1.0, power), plus(sums[1], n, power), plus(sums[2], n * n, power)];
+            (n, power) = (n + 1.0, times(power, z));
+        }
+    }
+    sums
+}
+
+/// The sums over time of every product of two slopes.
+fn products(parameters: &[f64], length: usize) -> Vec<f64> {
+    let n = parameters.len();
+    let modes: Vec<(Complex, [Complex; 4])> =
+        parameters.chunks_exact(4).map(|p| (mode(p).pole, factors(p))).collect();
+    let mut matrix = vec![0.0; n * n];
+    for (i, (p, left)) in modes.iter().enumerate() {
+        for (j, (q, right)) in modes[..=i].iter().enumerate() {
+            let (plain, conjugate) = (sums(times(*p, *q), length), sums(times(*p, (q.0, -q.1)), length));
+            for (u, &c) in left.iter().enumerate() {
+                for (v, &d) in right.iter().enumerate() {
+                    let m = usize::from(u < 2) + usize::from(v < 2);
+                    let sum = times(times(c, d), plain[m]).0 + times(times(c, (d.0, -d.1)), conjugate[m]).0;
+                    matrix[(4 * i + u) * n + 4 * j + v] = sum / 2.0;
+                    matrix[(4 * j + v) * n + 4 * i + u] = sum / 2.0;
+                }
             }
         }
-    });
-    for i in 0..n {
-        for j in 0..i {
-            matrix[j * n + i] = matrix[i * n + j];
-        }
     }
-    (matrix, right)
+    matrix
 }
 
 /// The step of `(matrix + damping diagonal) step = right`.
@@ -121,30 +203,11 @@ fn damped(matrix: &[f64], right: &[f64], damping: f64) -> Option<Vec<f64>> {
     for i in 0..n {
         matrix[i * n + i] += damping * matrix[i * n + i].max(1e-12 * largest);
     }
-    solve(&matrix, right)
+    Some(substitute(&factor(&matrix, n)?, right.to_vec()))
 }
 
-/// The residues alone, which are linear.
-fn fit_residues(filter: &[f64], parameters: &mut [f64]) {
-    let (matrix, right) = normal_equations(filter, parameters);
-    let n = right.len();
-    let places: Vec<usize> = (0..n).filter(|i| i % 4 >= 2).collect();
-    let m = places.len();
-    let mut part = vec![0.0; m * m];
-    for (i, &row) in places.iter().enumerate() {
-        for (j, &column) in places.iter().enumerate() {
-            part[i * m + j] = matrix[row * n + column];
-        }
-    }
-    let right: Vec<f64> = places.iter().map(|&i| right[i]).collect();
-    if let Some(residues) = damped(&part, &right, 1e-10) {
-        places.iter().zip(residues).for_each(|(&i, x)| parameters[i] = x);
-    }
-}
-
-/// `matrix x = right` for a symmetric positive matrix, by Cholesky's method; none if it is not.
-pub(super) fn solve(matrix: &[f64], right: &[f64]) -> Option<Vec<f64>> {
-    let n = right.len();
+/// The lower factor of a symmetric positive matrix, by Cholesky's method; none if it is not.
+pub(super) fn factor(matrix: &[f64], n: usize) -> Option<Vec<f64>> {
     let mut lower = vec![0.0; n * n];
     for i in 0..n {
         for j in 0..=i {
@@ -160,7 +223,13 @@ pub(super) fn solve(matrix: &[f64], right: &[f64]) -> Option<Vec<f64>> {
             }
         }
     }
-    let mut x = right.to_vec();
+    Some(lower)
+}
+
+/// `x` with `lower lower^T x = right`.
+pub(super) fn substitute(lower: &[f64], right: Vec<f64>) -> Vec<f64> {
+    let n = right.len();
+    let mut x = right;
     for i in 0..n {
         let sum: f64 = (0..i).map(|k| lower[i * n + k] * x[k]).sum();
         x[i] = (x[i] - sum) / lower[i * n + i];
@@ -169,5 +238,41 @@ pub(super) fn solve(matrix: &[f64], right: &[f64]) -> Option<Vec<f64>> {
         let sum: f64 = (i + 1..n).map(|k| lower[k * n + i] * x[k]).sum();
         x[i] = (x[i] - sum) / lower[i * n + i];
     }
-    Some(x)
+    x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_and_slopes_are_those_of_finite_differences() {
+        let parameters = [-2.0, 0.4, 0.7, -0.3, -5.0, 1.9, -1.1, 0.6, 0.3, 0.0, 0.2, 0.5];
+        for length in [1, 2, 37, 64] {
+            let filter: Vec<f64> = (0..length).map(|t| (t as f64 * 0.3).cos()).collect();
+            let columns: Vec<Vec<f64>> = (0..parameters.len())
+                .map(|i| {
+                    let at = |change: f64| {
+                        let mut moved = parameters;
+                        moved[i] += change;
+                        difference(&filter, &moved).0
+                    };
+                    at(-1e-6).iter().zip(at(1e-6)).map(|(a, b)| (a - b) / 2e-6).collect()
+                })
+                .collect();
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let (matrix, right) = (products(&parameters, length), slopes(&filter, &parameters));
+            for (i, a) in columns.iter().enumerate() {
+                let scale = dot(a, a).sqrt() + 1e-9;
+                assert!((right[i] - dot(a, &filter)).abs() < 1e-6 * (1.0 + scale), "{length}, slope {i}");
+                for (j, b) in columns.iter().enumerate() {
+                    let (got, want) = (matrix[i * parameters.len() + j], dot(a, b));
+                    assert!(
+                        (got - want).abs() < 1e-6 * (1.0 + scale * dot(b, b).sqrt()),
+                        "{length}, {i} {j}"
+                    );
+                }
+            }
+        }
+    }
 }

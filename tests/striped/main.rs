@@ -1,6 +1,8 @@
 //! Attention and gated Hyena layers, alone and in hybrids: the streaming law over splits, packing and padding, gradients,
 //! states, saving, bad input.
 
+mod cache;
+#[path = "../common/mod.rs"]
 mod common;
 
 use candle_core::{DType, Device, Tensor};
@@ -61,10 +63,24 @@ fn models() -> Vec<(String, LanguageModel)> {
     for config in attentions() {
         all.push((format!("{config:?}"), model(MixerConfig::Attention(config))));
     }
-    for pattern in ["hyena attention", "mamba*2 attention hyena", "mamba hyena retention attention"] {
+    let patterns = [
+        "mamba",
+        "retention",
+        "hyena attention",
+        "mamba*2 attention hyena",
+        "mamba hyena retention attention",
+    ];
+    for pattern in patterns {
         let config = ModelConfig::striped(pattern, D, 11).unwrap();
         all.push((pattern.into(), LanguageModel::init(&config, 6, DType::F64, &Device::Cpu).unwrap()));
     }
+    // a long filter among the others
+    let mut config = ModelConfig::striped("mamba*2 attention", D, 11).unwrap();
+    config.blocks[1].mixer = ModelConfig::hyena(D, 1, 11, 48).blocks[0].mixer.clone();
+    all.push((
+        "with a long filter".into(),
+        LanguageModel::init(&config, 6, DType::F64, &Device::Cpu).unwrap(),
+    ));
     all
 }
 
@@ -73,36 +89,50 @@ fn tokens(random: &mut Random, batch: usize, length: usize) -> Tensor {
     Tensor::from_vec(ids, (batch, length), &Device::Cpu).unwrap()
 }
 
+/// Logits and state of `ids` in pieces of these lengths are those of one call.
+fn check_split(what: &str, model: &LanguageModel, ids: &Tensor, split: &[usize]) {
+    let (whole, once) = in_pieces(model, ids, &[ids.dim(1).unwrap()]);
+    assert_close(&format!("{what} with a state"), &whole, &model.forward(ids).unwrap(), 1e-11);
+    let (pieces, state) = in_pieces(model, ids, split);
+    assert_close(&format!("{what} {split:?}"), &pieces, &whole, 1e-11);
+    for (a, b) in once.blocks.iter().zip(&state.blocks) {
+        for ((name, a), (_, b)) in a.tensors().into_iter().zip(b.tensors()) {
+            assert_close(&format!("{what} {split:?}: state {name}"), b, a, 1e-11);
+        }
+    }
+}
+
+fn in_pieces(model: &LanguageModel, ids: &Tensor, split: &[usize]) -> (Tensor, ModelState) {
+    let (mut state, mut start) = (model.init_state(ids.dim(0).unwrap()).unwrap(), 0);
+    let mut piece = |&count: &usize| {
+        start += count;
+        model.forward_with_state(&ids.narrow(1, start - count, count).unwrap(), &mut state).unwrap()
+    };
+    let pieces: Vec<Tensor> = split.iter().map(&mut piece).collect();
+    (Tensor::cat(&pieces, 1).unwrap(), state)
+}
+
 #[test]
 fn any_split_equals_the_whole() {
     let random = &mut Random::new(1);
     for (what, model) in models() {
-        for trial in 0..4 {
-            let length = random.int(5, 24);
-            let ids = tokens(random, 2, length);
-            let whole = model.forward(&ids).unwrap();
-            let split = match trial {
-                0 => vec![1; length],
-                // a prompt of one token, which the packages get wrong
-                1 => vec![1, length - 1],
-                _ => random.split(length, 4, 1),
-            };
-            let (mut state, mut start, mut pieces) = (model.init_state(2).unwrap(), 0, vec![]);
-            for &count in &split {
-                pieces.push(
-                    model.forward_with_state(&ids.narrow(1, start, count).unwrap(), &mut state).unwrap(),
-                );
-                start += count;
-            }
-            let pieces = Tensor::cat(&pieces, 1).unwrap();
-            assert_close(&format!("{what} {split:?}"), &pieces, &whole, 1e-11);
-            let mut once = model.init_state(2).unwrap();
-            model.forward_with_state(&ids, &mut once).unwrap();
-            for (a, b) in once.blocks.iter().zip(&state.blocks) {
-                for ((name, a), (_, b)) in a.tensors().into_iter().zip(b.tensors()) {
-                    assert_close(&format!("{what} {split:?}: state {name}"), b, a, 1e-11);
+        // prompts of one token, which the packages get wrong, and all else: every way to cut seven tokens
+        let ids = tokens(random, 2, 7);
+        for cuts in 0u32..1 << 6 {
+            let mut split = vec![1];
+            for t in 0..6 {
+                match cuts >> t & 1 {
+                    1 => split.push(1),
+                    _ => *split.last_mut().unwrap() += 1,
                 }
             }
+            check_split(&what, &model, &ids, &split);
+        }
+        // longer than every filter, window and chunk
+        let ids = tokens(random, 2, 40);
+        for split in [vec![1; 40], vec![1, 39], vec![39, 1], random.split(40, 5, 1)] {
+            check_split(&what, &model, &ids, &split);
+            check_split(&format!("frozen {what}"), &model.frozen().unwrap(), &ids, &split);
         }
     }
 }
@@ -200,7 +230,7 @@ fn gradients_of_layers_are_finite_differences_through_the_state_too() {
             let mut state = layer.init_state(1)?;
             let first = layer.forward_with_state(&x.narrow(1, 0, 3)?, &mut state)?;
             let second = layer.forward_with_state(&x.narrow(1, 3, 2)?, &mut state)?;
-            Ok(vec![first, second, state.k, state.v])
+            Ok(vec![first, second, state.k().clone(), state.v().clone()])
         });
     }
 }
@@ -228,6 +258,7 @@ fn models_and_states_come_back_from_files() {
         let back = load(&path, DType::F64, &Device::Cpu).unwrap();
         assert_eq!(back.config(), model.config(), "{what}");
         let ids = tokens(random, 2, 9);
+        let model = model.frozen().unwrap();
         let (mut state, mut other) = (model.init_state(2).unwrap(), back.init_state(2).unwrap());
         let want = model.forward_with_state(&ids, &mut state).unwrap();
         assert_eq!(bits(&back.forward_with_state(&ids, &mut other).unwrap()), bits(&want), "{what}");
@@ -244,37 +275,16 @@ fn models_and_states_come_back_from_files() {
 }
 
 #[test]
-fn a_state_grows_with_attention_alone() {
-    let size = |pattern: &str, length: usize| {
-        let config = ModelConfig::striped(pattern, 64, 11).unwrap();
-        let model = LanguageModel::init(&config, 6, DType::F32, &Device::Cpu).unwrap();
-        let mut state = model.init_state(1).unwrap();
-        model.forward_with_state(&tokens(&mut Random::new(6), 1, length), &mut state).unwrap();
-        state.bytes()
-    };
-    assert_eq!(size("hyena mamba", 10), size("hyena mamba", 200));
-    assert_eq!(size("attention hyena", 200) - size("attention hyena", 100), 100 * 2 * 64 * 4);
-}
-
-#[test]
 fn bad_input_is_named() {
     let striped = |pattern: &str| ModelConfig::striped(pattern, 64, 11).unwrap_err().to_string();
     assert!(striped("hyena rwkv").contains("rwkv"));
     assert!(striped("hyena*0").contains("hyena*0"));
     assert!(striped(" ").contains("none"));
 
-    let config = AttentionConfig { max_length: Some(6), ..AttentionConfig::new(D, 3) };
-    let limited = model(MixerConfig::Attention(config));
-    let random = &mut Random::new(7);
-    let mut state = limited.init_state(1).unwrap();
-    limited.forward_with_state(&tokens(random, 1, 6), &mut state).unwrap();
-    let error = limited.forward_with_state(&tokens(random, 1, 1), &mut state).unwrap_err().to_string();
-    assert!(error.contains("max_length = 6"), "{error}");
-    assert_eq!(state.positions, [6]);
-
     let other = model(MixerConfig::ModalHyena(ModalHyenaConfig::new(D)));
-    let error = other.forward_with_state(&tokens(random, 1, 1), &mut state).unwrap_err().to_string();
-    assert!(error.contains("state"), "{error}");
+    let mut state = model(MixerConfig::Attention(AttentionConfig::new(D, 3))).init_state(1).unwrap();
+    let error = other.forward_with_state(&tokens(&mut Random::new(7), 1, 1), &mut state).unwrap_err();
+    assert!(error.to_string().contains("state"), "{error}");
 
     let wrong = |config: AttentionConfig| config.validate().unwrap_err().to_string();
     assert!(wrong(AttentionConfig { kv_heads: 2, ..AttentionConfig::new(D, 3) }).contains("kv_heads"));
