@@ -145,7 +145,8 @@ impl LanguageModel {
     ) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
-        let whole = tracked || self.form == Form::Parallel;
+        let streams = self.config.blocks.iter().all(|block| block.mixer.streams());
+        let whole = tracked || !streams || self.form == Form::Parallel;
         let most = if self.device.is_cuda() { CUDA_CHUNK } else { CHUNK };
         let chunk = if whole { length } else { (most / batch).max(most / 8) };
         if chunk < length && carried.is_none() {

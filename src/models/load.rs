@@ -101,7 +101,7 @@ fn agrees(stored: &Tensor, values: &[f64]) -> Result<bool> {
 fn match_names(config: &ModelConfig, files: &WeightFiles) -> Result<HashMap<String, String>> {
     let mut names = HashMap::new();
     let (mut missing, mut wrong) = (vec![], vec![]);
-    for name in files.entries.keys().filter(|name| !config.family.ignores(name)) {
+    for name in files.entries.keys().filter(|name| !config.family.ignores(config, name)) {
         if let Some(other) = names.insert(config.family.own_name(name), name.clone()) {
             wrong.push(format!("{name}: another name of {other}, which is there too"));
         }

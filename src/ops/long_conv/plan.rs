@@ -1,6 +1,6 @@
 //! How a convolution is computed: by its sizes alone, so that results do not depend on the number of threads.
 
-use super::{Segments, Sizes};
+use super::Sizes;
 
 /// Filters of up to so many taps (both directions together) are summed tap by tap.
 const DIRECT_TAPS: usize = 48;
@@ -101,20 +101,6 @@ pub(crate) fn radices(points: usize) -> Vec<usize> {
         rest /= 4;
     }
     radices
-}
-
-/// The tokens of each sequence of row `row`, in order.
-pub(crate) fn sequences(segments: &Segments, row: usize) -> Vec<Vec<usize>> {
-    let mut all: Vec<Vec<usize>> = vec![];
-    for run in segments.row(row) {
-        if run.fresh || all.is_empty() {
-            all.push(vec![]);
-        }
-        if let Some(sequence) = all.last_mut() {
-            sequence.extend(run.tokens.clone());
-        }
-    }
-    all
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 use crate::backend::cpu::simd::{Element, Simd};
 use crate::backend::cpu::view::{Rows, load};
 use crate::ops::Segments;
-use crate::ops::long_conv::plan;
 
 /// The tokens of one sequence.
 #[derive(Clone, Debug)]
@@ -28,7 +27,7 @@ impl Sequence {
             return (0..batch).map(|row| Self { row, tokens: Tokens::First(length) }).collect();
         };
         let listed = |row| {
-            let of_row = plan::sequences(segments, row).into_iter();
+            let of_row = segments.sequences(row).into_iter();
             of_row.map(move |tokens| Self { row, tokens: Tokens::Listed(tokens) })
         };
         (0..batch).flat_map(listed).collect()
