@@ -447,14 +447,17 @@ fn recomputed_blocks_carry_their_state() {
             start += length;
         }
         let logits = Tensor::cat(&logits, 1).unwrap();
+        let nodes = logits.sorted_nodes().len();
         let gradients = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let of = |(name, variable): (&String, &Var)| {
             (name.clone(), gradients.get(variable).unwrap_or_else(|| panic!("{name}: no gradient")).clone())
         };
-        (logits, model.variables().iter().map(of).collect::<Vec<_>>())
+        (logits, nodes, model.variables().iter().map(of).collect::<Vec<_>>())
     };
-    let (logits, kept) = run(false);
-    let (again, recomputed) = run(true);
+    let (logits, nodes, kept) = run(false);
+    let (again, fewer, recomputed) = run(true);
+    // what a block computes is no part of the graph that waits for the way back
+    assert!(2 * fewer < nodes, "{fewer} nodes with recomputation, {nodes} without");
     assert_close("logits", &again, &logits, 1e-12);
     for ((name, got), (_, want)) in recomputed.iter().zip(&kept) {
         assert_close(name, got, want, 1e-10);
