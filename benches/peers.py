@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures other implementations of Mamba and of retention on the CPU beside this one and prints a Markdown table.
+"""Measures other implementations of Mamba, retention and long convolutions on the CPU beside this one and prints a Markdown table.
 
     python3 benches/peers.py [--work DIR] [--rounds 3] [--seconds 6] [--only PEER,..] [--skip PEER,..] [--out FILE]
 
