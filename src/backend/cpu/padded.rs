@@ -138,6 +138,12 @@ pub(crate) struct Target<T> {
 }
 
 impl<T> Target<T> {
+    /// From an element on, which need not be.
+    #[inline(always)]
+    pub(super) fn at(self, row: usize, column: usize) -> Self {
+        Self { start: self.start.wrapping_add(row * self.stride + column), ..self }
+    }
+
     /// From row `row` on.
     ///
     /// # Safety

@@ -93,6 +93,15 @@ pub(crate) fn spans(pieces: &[Piece], sizes: &Sizes) -> Vec<Range<usize>> {
     spans
 }
 
+/// Several rows of so many things taken in turns: the row and the place in it.
+pub(crate) fn side_by_side(counts: &[usize]) -> Vec<(usize, usize)> {
+    let longest = counts.iter().copied().max().unwrap_or(0);
+    (0..longest)
+        .flat_map(|i| (0..counts.len()).map(move |n| (n, i)))
+        .filter(|&(n, i)| i < counts[n])
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

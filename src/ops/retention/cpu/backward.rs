@@ -17,13 +17,14 @@
 use super::decay::Weights;
 use super::forward::mask;
 use super::scratch::{Gradient, Scratch};
-use super::{BLOCK, Operands, Stretch};
+use super::{Operands, Stretch};
 use crate::backend::cpu::matrix::Matrix;
-use crate::backend::cpu::padded::Padded;
+use crate::backend::cpu::padded::{Padded, Target};
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::product::{Ahead, Part, Product, dot};
 use crate::backend::cpu::simd::{Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, Rows};
+use crate::ops::retention::Sizes;
 use crate::ops::retention::plan::{self, Piece};
 use std::ops::Range;
 
@@ -89,11 +90,15 @@ impl<T: Real> Operands<'_, T> {
                 }
             };
             let kept = kept.as_deref().unwrap_or(given.kept);
-            let tasks: Vec<_> = stretches.iter().zip(&after).zip(kept).collect();
-            parallel::map(&tasks, self.work(), |&((stretch, after), kept)| {
-                let after = after.as_deref().or_else(|| self.given_state(given, stretch.task));
-                let back = Back { operands: self, stretch, after, kept, given, outlets: &outlets };
-                T::dispatch_on(self.isa, back)
+            let tasks: Vec<_> = (stretches.iter().zip(&after).zip(kept))
+                .map(|((stretch, after), kept)| {
+                    let after = after.as_deref().or_else(|| self.given_state(given, stretch.task));
+                    Task { stretch, after, kept }
+                })
+                .collect();
+            let groups: Vec<_> = tasks.chunks(self.together()).collect();
+            parallel::map(&groups, self.work(), |tasks| {
+                T::dispatch_on(self.isa, Back { operands: self, tasks, given, outlets: &outlets })
             });
         }
         // SAFETY: padding was zeroed; every head of every row wrote all of its own.
@@ -127,8 +132,9 @@ impl<T: Real> Operands<'_, T> {
     }
 
     /// That of the piece that comes next, if one does, to be asked for.
-    fn ahead_outputs(&self, given: &Given<T>, task: [usize; 2], next: Option<&Piece>) -> Ahead<T> {
-        next.and_then(|next| self.given_outputs(given, task, &next.tokens)).map_or(Ahead::NONE, Ahead::rows)
+    fn ahead_outputs(&self, given: &Given<T>, next: Option<([usize; 2], &Piece)>) -> Ahead<T> {
+        let next = next.and_then(|(task, next)| self.given_outputs(given, task, &next.tokens));
+        next.map_or(Ahead::NONE, Ahead::rows)
     }
 
     /// `scale do` of some tokens, zero where there is none.
@@ -148,12 +154,17 @@ impl<T: Real> Operands<'_, T> {
     }
 }
 
-/// Goes back through one stretch, from the gradient of the state after it.
-struct Back<'a, T: Real> {
-    operands: &'a Operands<'a, T>,
+/// A stretch, the gradient of the state after it, and the states kept in it.
+struct Task<'a, T> {
     stretch: &'a Stretch,
     after: Option<&'a [T]>,
     kept: &'a [T],
+}
+
+/// Goes back through stretches side by side.
+struct Back<'a, T: Real> {
+    operands: &'a Operands<'a, T>,
+    tasks: &'a [Task<'a, T>],
     given: &'a Given<'a, T>,
     outlets: &'a Outlets<'a, T>,
 }
@@ -163,40 +174,56 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        let Stretch { task, ref pieces, first, .. } = *self.stretch;
-        let (p, [row, head]) = (self.operands, task);
+        let p = self.operands;
+        let Sizes { heads, keys, values, .. } = p.sizes;
         let size = p.state_size();
-        let spans = plan::spans(pieces, &p.sizes);
-        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
-        let mut after = Gradient::new(s, p, self.after);
-        let mut scratch = Scratch::new(longest, p.sizes.keys, p.sizes.values);
-        let mut weights = Weights::new(s, &p.decays, head, longest);
-        let mut kept = self.kept.chunks(size).rev();
+        let longest = self.tasks.iter().map(|task| task.stretch.longest()).max().unwrap_or(0);
+        let mut scratch = Scratch::new(longest, keys, values);
+        let spans: Vec<_> = self.tasks.iter().map(|t| plan::spans(&t.stretch.pieces, &p.sizes)).collect();
+        let mut walks: Vec<_> = (self.tasks.iter())
+            .map(|Task { stretch, after, kept }| {
+                let weights = Weights::new(s, &p.decays, stretch.task[1], stretch.longest());
+                (Gradient::new(s, p, *after), weights, kept.chunks(size).rev())
+            })
+            .collect();
         // values by keys, before each piece of a span
-        let deepest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
-        let mut states: Vec<_> = (0..deepest).map(|_| Padded::zeros(p.sizes.values, p.sizes.keys)).collect();
-        for span in spans.into_iter().rev() {
-            let before = if pieces[span.start].fresh { None } else { kept.next() };
+        let deepest = spans.iter().flatten().map(|span| span.len()).max().unwrap_or(0);
+        let mut states: Vec<_> = (0..deepest).map(|_| Padded::zeros(values, keys)).collect();
+        let counts: Vec<_> = spans.iter().map(Vec::len).collect();
+        let mut order = plan::side_by_side(&counts).into_iter().peekable();
+        while let Some((n, i)) = order.next() {
+            let span = |n: usize, i: usize| spans[n][spans[n].len() - 1 - i].clone();
+            let Stretch { task, ref pieces, .. } = *self.tasks[n].stretch;
+            let (after, weights, kept) = &mut walks[n];
+            let inner = span(n, i);
+            let before = if pieces[inner.start].fresh { None } else { kept.next() };
             match before {
                 Some(state) => states[0].fill_transposed(s, p.square(state)),
                 None => states[0].clear(),
             }
-            for (i, piece) in pieces[span.start..span.end - 1].iter().enumerate() {
+            for (i, piece) in pieces[inner.start..inner.end - 1].iter().enumerate() {
                 weights.set(s, &p.decays, task, piece);
-                scratch.pack(s, p, task, piece, &weights);
+                scratch.take_ends(s, p, task, piece, weights);
                 let (before, next) = states.split_at_mut(i + 1);
                 scratch.advance(p, piece, weights.whole, &mut before[i], &mut next[0]);
             }
-            for (i, state) in span.clone().zip(&states).rev() {
+            for (i, state) in inner.clone().zip(&states).rev() {
                 let piece = &pieces[i];
                 weights.set(s, &p.decays, task, piece);
-                scratch.pack(s, p, task, piece, &weights);
-                scratch.next = i.checked_sub(1).map(|i| pieces[i].clone());
-                self.piece(s, &weights, piece, state, &mut after, &mut scratch);
+                scratch.next = match (i > inner.start, order.peek()) {
+                    (true, _) => Some((task, pieces[i - 1].clone())),
+                    (false, Some(&(n, i))) => {
+                        let stretch = self.tasks[n].stretch;
+                        Some((stretch.task, stretch.pieces[span(n, i).end - 1].clone()))
+                    }
+                    (false, None) => None,
+                };
+                self.piece(s, task, weights, piece, state, after, &mut scratch);
             }
         }
-        if first {
-            let to = self.outlets.initial.at((row * p.sizes.heads + head) * size, size);
+        for (task, (after, ..)) in self.tasks.iter().zip(&walks).filter(|(task, _)| task.stretch.first) {
+            let [row, head] = task.stretch.task;
+            let to = self.outlets.initial.at((row * heads + head) * size, size);
             // SAFETY: at() checked the places, which are those of this head.
             unsafe { after.rows.copy_to(to) };
         }
@@ -204,12 +231,13 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
 }
 
 impl<T: Real> Back<'_, T> {
-    /// One piece, packed: writes its gradients and moves `gradient`, that of the state, from after it to before it.
-    /// `state` is that before it, turned.
+    /// One piece: writes its gradients and moves `gradient`, that of the state, from after it to before it. `state` is that
+    /// before it, turned.
     #[inline(always)]
     fn piece<S: Simd<T>>(
         &self,
         s: S,
+        task: [usize; 2],
         weights: &Weights<T>,
         piece: &Piece,
         state: &Padded<T>,
@@ -218,117 +246,109 @@ impl<T: Real> Back<'_, T> {
     ) {
         let p = self.operands;
         let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
-        let [q, k, v] = p.matrices(self.stretch.task, &piece.tokens);
         let with_decay = self.outlets.log_decay.is_some();
-        scratch.k.fill(s, k, |_| T::ONE);
-        scratch.q.fill(s, q, |_| T::ONE);
-        scratch.turned_k.fill_transposed(s, k);
-        scratch.turned_v.fill_transposed(s, v);
-        p.outputs(s, self.given, self.stretch.task, &piece.tokens, &mut scratch.outputs);
+        scratch.take_up(s, p, task, piece);
+        p.outputs(s, self.given, task, &piece.tokens, &mut scratch.outputs);
         scratch.decay[..length].fill(T::ZERO);
         if with_decay && !piece.fresh {
             let through = weights.whole * dot(s, state.all(), gradient.turned.all());
             scratch.decay[..length].fill(through);
         }
-        let [next_q, next_k, next_v] = p.ahead(self.stretch.task, scratch.next.as_ref());
-        let next_o = p.ahead_outputs(self.given, self.stretch.task, scratch.next.as_ref());
-        // SAFETY: the targets hold L rows of K, L rows of V and K rows of V.
+        self.among(s, weights, length, scratch);
+        let next = scratch.next.as_ref().map(|(task, piece)| (*task, piece));
+        let [next_q, next_k, next_v] = p.ahead(next);
+        let next_o = p.ahead_outputs(self.given, next);
+        let Scratch { q, k, v, outputs, scores, slopes, early_q, along, .. } = scratch;
+        let [scores, slopes] = [scores, slopes].map(|x| x.matrix(length).part([0, 0], [length; 2]));
+        let [dq, dk, dv] = self.places(task, &piece.tokens);
+        let o = outputs.matrix(length);
+        // each is what goes through a state and what goes from token to token
+        let from_k = (slopes, k.right(0..length, keys));
+        let from_q = (slopes.transposed(), q.right(0..length, keys));
+        let from_o = (scores.transposed(), outputs.right(0..length, values));
+        // SAFETY: the places hold L rows of K, K and V numbers and are this task's own, along has L rows of K.
         unsafe {
-            // to the state after
-            let from_v = Product::new(scratch.v.matrix(length), gradient.turned.right(0..values, keys));
-            from_v.weights(&weights.to_end).ahead([next_q, next_k]).write(p.isa, scratch.dk.target());
-            let from_k = Product::new(scratch.k.matrix(length), gradient.rows.right(0..keys, values));
-            from_k.weights(&weights.to_end).ahead([next_v, next_o]).write(p.isa, scratch.dv.target());
+            let into_k = Product::new(v.matrix(length), gradient.turned.right(0..values, keys));
+            let mut into_k = into_k.weights(&weights.to_end).ahead([next_q, next_k]);
+            if with_decay {
+                into_k.write(p.isa, along.target());
+                (0..length).for_each(|i| scratch.after[i] = dot(s, k.row(i), along.row(i)));
+                into_k = Product::new(from_q.0, from_q.1).plus(Some((along.target(), T::ONE)));
+            } else {
+                into_k = into_k.then(from_q.0, from_q.1);
+            }
+            into_k.part(Part::UpperLeft(0)).write(p.isa, dk);
+            let into_v = Product::new(k.matrix(length), gradient.rows.right(0..keys, values));
+            let into_v = into_v.weights(&weights.to_end).then(from_o.0, from_o.1).part(Part::UpperLeft(0));
+            into_v.ahead([next_v, next_o]).write(p.isa, dv);
+            let mut into_q = Product::new(from_k.0, from_k.1);
+            if !piece.fresh {
+                let through = Product::new(o, state.right(0..values, keys)).weights(&weights.from_start);
+                if with_decay {
+                    through.write(p.isa, along.target());
+                    (0..length).for_each(|i| scratch.before[i] = dot(s, q.row(i), along.row(i)));
+                    into_q = into_q.plus(Some((along.target(), T::ONE)));
+                } else {
+                    into_q = through.then(from_k.0, from_k.1);
+                }
+            }
+            into_q.part(Part::LowerLeft(0)).write(p.isa, dq);
             if piece.fresh {
-                scratch.dq.clear();
+                scratch.before.fill(T::ZERO);
                 gradient.rows.clear();
                 gradient.turned.clear();
             } else {
-                // from the state before
-                let outputs = scratch.outputs.matrix(length);
-                let into_q = Product::new(outputs, state.right(0..values, keys));
-                into_q.weights(&weights.from_start).write(p.isa, scratch.dq.target());
-                scratch.early_q.fill(s, q, |i| weights.from_start[i]);
-                let q = scratch.early_q.matrix(length).transposed();
+                early_q.fill(s, q.matrix(length), |i| weights.from_start[i]);
                 let to = gradient.rows.target();
-                let product = Product::new(q, scratch.outputs.right(0..length, values));
+                let product = Product::new(early_q.matrix(length).transposed(), from_o.1);
                 product.plus(Some((to, weights.whole))).write(p.isa, to);
                 gradient.turn(s);
             }
         }
-        if with_decay {
-            for i in 0..length {
-                scratch.before[i] = dot(s, scratch.q.row(i), scratch.dq.row(i));
-                scratch.after[i] = dot(s, scratch.k.row(i), scratch.dk.row(i));
-            }
+        if let Some(outlet) = &self.outlets.log_decay {
             along_decays(&mut scratch.decay[..length], &scratch.before, &scratch.after);
+            for (t, decay) in piece.tokens.clone().zip(&scratch.decay) {
+                let [row, head] = task;
+                let to = outlet.at((row * p.sizes.length + t) * p.sizes.heads + head, 1);
+                // SAFETY: at() checked the place, which is this task's own.
+                unsafe { to.write(*decay) };
+            }
         }
-        for start in (0..length).step_by(BLOCK) {
-            self.block(s, weights, start..length.min(start + BLOCK), scratch);
-        }
-        self.write(s, &piece.tokens, scratch);
     }
 
-    /// Some tokens of a piece and those before them among themselves.
+    /// `A` and `P` of the tokens of a piece, and their share of the gradient of the decays.
     #[inline(always)]
-    fn block<S: Simd<T>>(&self, s: S, weights: &Weights<T>, tokens: Range<usize>, scratch: &mut Scratch<T>) {
-        let (p, Range { start, end }, rows) = (self.operands, tokens.clone(), tokens.len());
-        let (keys, values) = (p.sizes.keys, p.sizes.values);
-        let q = scratch.q.matrix(end).part([start, 0], [rows, keys]);
-        let outputs = scratch.outputs.matrix(end).part([start, 0], [rows, values]);
-        // SAFETY: scores and slopes have places for rows of `end` numbers, the gradients for `end` rows.
+    fn among<S: Simd<T>>(&self, s: S, weights: &Weights<T>, length: usize, scratch: &mut Scratch<T>) {
+        let isa = self.operands.isa;
+        let (keys, values) = (self.operands.sizes.keys, self.operands.sizes.values);
+        let scores = Product::new(scratch.q.matrix(length), scratch.turned_k.right(0..keys, length));
+        let slopes = Product::new(scratch.outputs.matrix(length), scratch.turned_v.right(0..values, length));
+        // SAFETY: both have places for L rows of L numbers.
         unsafe {
-            let scores = Product::new(q, scratch.turned_k.right(0..keys, end)).part(Part::Lower(start));
-            scores.write(p.isa, scratch.scores.target());
-            let slopes = Product::new(outputs, scratch.turned_v.right(0..values, end));
-            slopes.part(Part::Lower(start)).write(p.isa, scratch.slopes.target());
+            scores.part(Part::Lower(0)).write(isa, scratch.scores.target());
+            slopes.part(Part::Lower(0)).write(isa, scratch.slopes.target());
         }
-        for i in 0..rows {
-            let decays = weights.row(s, start + i, &mut scratch.decays);
-            let scores = &mut scratch.scores.row_mut(i)[..end];
-            let slopes = &mut scratch.slopes.row_mut(i)[..end];
+        for i in 0..length {
+            let decays = weights.row(s, i, &mut scratch.decays);
+            let scores = &mut scratch.scores.row_mut(i)[..length];
+            let slopes = &mut scratch.slopes.row_mut(i)[..length];
             mask(s, scores, decays);
             if self.outlets.log_decay.is_some() {
-                between(scores, slopes, start + i, &mut scratch.decay);
+                between(scores, slopes, i, &mut scratch.decay);
             }
             mask(s, slopes, decays);
         }
-        let scores = scratch.scores.matrix(rows).part([0, 0], [rows, end]);
-        let slopes = scratch.slopes.matrix(rows).part([0, 0], [rows, end]);
-        let (lower, upper) = (Part::LowerLeft(start), Part::UpperLeft(start));
-        // SAFETY: as above.
-        unsafe {
-            let dq = scratch.dq.target().from(start);
-            let from_k = Product::new(slopes, scratch.k.right(0..end, keys)).part(lower);
-            from_k.plus(Some((dq, T::ONE))).write(p.isa, dq);
-            let dk = scratch.dk.target();
-            let from_q = Product::new(slopes.transposed(), scratch.q.right(tokens.clone(), keys)).part(upper);
-            from_q.plus(Some((dk, T::ONE))).write(p.isa, dk);
-            let dv = scratch.dv.target();
-            let from_outputs = Product::new(scores.transposed(), scratch.outputs.right(tokens, values));
-            from_outputs.part(upper).plus(Some((dv, T::ONE))).write(p.isa, dv);
-        }
     }
 
-    /// Copies the gradients of a piece to where they belong.
+    /// Where the gradients of q, k and v of some tokens belong.
     #[inline(always)]
-    fn write<S: Simd<T>>(&self, _: S, tokens: &Range<usize>, scratch: &Scratch<T>) {
-        let (p, [row, head]) = (self.operands, self.stretch.task);
-        let sides =
-            [(&self.outlets.q, &scratch.dq), (&self.outlets.k, &scratch.dk), (&self.outlets.v, &scratch.dv)];
-        for (i, t) in tokens.clone().enumerate() {
-            let index = (row * p.sizes.length + t) * p.sizes.heads + head;
-            for (outlet, from) in sides {
-                let from = from.row(i);
-                let to = outlet.at(index * from.len(), from.len());
-                // SAFETY: at() checked the places, which are this task's own.
-                unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
-            }
-            if let Some(outlet) = &self.outlets.log_decay {
-                // SAFETY: as above.
-                unsafe { outlet.at(index, 1).write(scratch.decay[i]) };
-            }
-        }
+    fn places(&self, [row, head]: [usize; 2], tokens: &Range<usize>) -> [Target<T>; 3] {
+        let Sizes { length, heads, keys, values, .. } = self.operands.sizes;
+        let Outlets { q, k, v, .. } = self.outlets;
+        [(q, keys), (k, keys), (v, values)].map(|(outlet, width)| {
+            let (offset, stride) = (((row * length + tokens.start) * heads + head) * width, heads * width);
+            Target { start: outlet.at(offset, (tokens.len() - 1) * stride + width), stride }
+        })
     }
 }
 

@@ -31,23 +31,27 @@ impl<T: Real> Operands<'_, T> {
         let (mut o, mut state) = (Vec::new(), Vec::new());
         let stretches = self.stretches(chunk);
         let before = self.before(&stretches);
-        let kept = {
+        let kept: Vec<Vec<T>> = {
             let o = Outlet::fresh_or_zeroed(&mut o, outputs, self.padded);
             let state = Outlet::fresh(&mut state, states);
-            let tasks: Vec<_> = stretches.iter().zip(&before).collect();
-            parallel::map(&tasks, self.work(), |(stretch, before)| {
-                let before = before.as_deref().or_else(|| self.initial(stretch.task));
-                let walk = Walk { before, o: Some(&o), keep, ..Walk::new(self, stretch) };
-                let (kept, end) = T::dispatch_on(self.isa, walk);
-                if stretch.last {
+            let heads: Vec<_> = stretches.iter().zip(before.iter().map(Option::as_deref)).collect();
+            let groups: Vec<_> = heads.chunks(self.together()).collect();
+            let ends = parallel::map(&groups, self.work(), |heads| {
+                let heads: Vec<_> = (heads.iter())
+                    .map(|&(stretch, before)| (stretch, before.or_else(|| self.initial(stretch.task))))
+                    .collect();
+                let ends =
+                    T::dispatch_on(self.isa, Walk { heads: &heads, o: Some(&o), keep, operands: self });
+                for (end, (stretch, _)) in ends.iter().zip(heads).filter(|(_, (stretch, _))| stretch.last) {
                     let size = self.state_size();
                     let [row, head] = stretch.task;
                     let to = state.at((row * sizes.heads + head) * size, size);
                     // SAFETY: at() checked the places, which are those of this head.
-                    unsafe { end.copy_to(to) };
+                    unsafe { end.state.copy_to(to) };
                 }
-                kept
-            })
+                ends.into_iter().map(|end| end.kept).collect::<Vec<_>>()
+            });
+            ends.into_iter().flatten().collect()
         };
         // SAFETY: padding was zeroed; every head of every row wrote all of its own.
         unsafe {
@@ -60,81 +64,89 @@ impl<T: Real> Operands<'_, T> {
     /// The states before the spans of a stretch, as a forward pass keeps them, from that before the stretch.
     pub(super) fn kept(&self, stretch: &Stretch, before: Option<&[T]>) -> Vec<T> {
         let before = before.or_else(|| self.initial(stretch.task));
-        T::dispatch_on(self.isa, Walk { before, keep: true, ..Walk::new(self, stretch) }).0
+        let walk = Walk { operands: self, heads: &[(stretch, before)], o: None, keep: true };
+        T::dispatch_on(self.isa, walk).pop().map_or_else(Vec::new, |end| end.kept)
     }
 }
 
 /// The state after a stretch that begins with none.
 pub(super) fn end_of<T: Real>(operands: &Operands<T>, stretch: &Stretch) -> Vec<T> {
     let mut end = vec![];
-    T::dispatch_on(operands.isa, Walk::new(operands, stretch)).1.append_to(&mut end);
+    let walk = Walk { operands, heads: &[(stretch, None)], o: None, keep: false };
+    T::dispatch_on(operands.isa, walk).iter().for_each(|head| head.state.append_to(&mut end));
     end
 }
 
-/// Walks the pieces of a stretch; returns the kept states and the last one.
+/// Walks the pieces of stretches side by side, each from the state before it.
 struct Walk<'a, T: Real> {
     operands: &'a Operands<'a, T>,
-    stretch: &'a Stretch,
-    before: Option<&'a [T]>,
+    heads: &'a [(&'a Stretch, Option<&'a [T]>)],
     o: Option<&'a Outlet<'a, T>>,
     keep: bool,
 }
 
-impl<'a, T: Real> Walk<'a, T> {
-    /// From an empty state, for the last one alone.
-    fn new(operands: &'a Operands<'a, T>, stretch: &'a Stretch) -> Self {
-        Self { operands, stretch, before: None, o: None, keep: false }
-    }
+/// One of them: how far its state is, and those kept.
+struct Head<T> {
+    state: Padded<T>,
+    weights: Weights<T>,
+    kept: Vec<T>,
 }
 
 impl<T: Real> Kernel<T> for Walk<'_, T> {
-    type Output = (Vec<T>, Padded<T>);
+    type Output = Vec<Head<T>>;
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) -> Self::Output {
-        let Stretch { task, ref pieces, .. } = *self.stretch;
-        let (p, [row, head]) = (self.operands, task);
-        let mut state = Padded::zeros(p.sizes.keys, p.sizes.values);
-        if let Some(before) = self.before {
-            state.fill(s, p.square(before), |_| T::ONE);
-        }
-        let mut walker = Walker::new(s, p, task, pieces);
-        let mut kept = vec![];
-        let spans = if self.keep { plan::spans(pieces, &p.sizes) } else { vec![] };
-        let mut starts = spans.iter().map(|span| span.start).peekable();
-        for (i, piece) in pieces.iter().enumerate() {
-            if starts.next_if_eq(&i).is_some() && !piece.fresh {
-                state.append_to(&mut kept);
+        let p = self.operands;
+        let longest = self.heads.iter().map(|(stretch, _)| stretch.longest()).max().unwrap_or(0);
+        let mut heads = vec![];
+        let mut starts = vec![];
+        for (stretch, before) in self.heads {
+            let mut state = Padded::zeros(p.sizes.keys, p.sizes.values);
+            if let Some(before) = before {
+                state.fill(s, p.square(before), |_| T::ONE);
             }
-            walker.turn_to(piece, pieces.get(i + 1));
+            let weights = Weights::new(s, &p.decays, stretch.task[1], stretch.longest());
+            heads.push(Head { state, weights, kept: vec![] });
+            let spans = if self.keep { plan::spans(&stretch.pieces, &p.sizes) } else { vec![] };
+            starts.push(spans.into_iter().map(|span| span.start).peekable());
+        }
+        let mut walker = Walker::new(s, p, longest);
+        let counts: Vec<_> = self.heads.iter().map(|(stretch, _)| stretch.pieces.len()).collect();
+        let mut order = plan::side_by_side(&counts).into_iter().peekable();
+        while let Some((n, i)) = order.next() {
+            let (stretch, head) = (self.heads[n].0, &mut heads[n]);
+            let (task, piece) = (stretch.task, &stretch.pieces[i]);
+            if starts[n].next_if_eq(&i).is_some() && !piece.fresh {
+                head.state.append_to(&mut head.kept);
+            }
+            let next = order.peek().map(|&(n, i)| (self.heads[n].0.task, &self.heads[n].0.pieces[i]));
+            walker.turn_to(task, piece, &mut head.weights, next);
             if let Some(o) = self.o {
-                let offset =
-                    ((row * p.sizes.length + piece.tokens.start) * p.sizes.heads + head) * p.sizes.values;
+                let [row, number] = task;
+                let first = (row * p.sizes.length + piece.tokens.start) * p.sizes.heads + number;
                 let stride = p.sizes.heads * p.sizes.values;
-                let to = o.at(offset, (piece.tokens.len() - 1) * stride + p.sizes.values);
+                let to = o.at(first * p.sizes.values, (piece.tokens.len() - 1) * stride + p.sizes.values);
                 // SAFETY: at() checked the places; those of this head are this task's own.
-                unsafe { walker.outputs(piece, &state, Target { start: to, stride }) };
+                unsafe { walker.outputs(task, piece, head, Target { start: to, stride }) };
             }
-            walker.advance(piece, &mut state);
+            walker.advance(piece, head);
         }
-        (kept, state)
+        heads
     }
 }
 
-/// One head of one row and what its pieces need for a while.
+/// What the pieces of any head need for a while.
 struct Walker<'a, T: Real, S: Simd<T>> {
     s: S,
     operands: &'a Operands<'a, T>,
-    task: [usize; 2],
-    weights: Weights<T>,
     /// Keys by tokens.
     turned_keys: Padded<T>,
     /// Values of the piece, and its keys weighted by what is left of them at its end.
     values: Padded<T>,
     keys: Padded<T>,
-    /// Of a block: queries, what comes out of the state, queries against keys.
+    /// Of a block: queries, queries against keys.
     queries: Padded<T>,
-    outputs: Padded<T>,
     scores: Padded<T>,
     decays: Vec<T>,
     /// Queries, keys and values of the next piece.
@@ -143,19 +155,15 @@ struct Walker<'a, T: Real, S: Simd<T>> {
 
 impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
     #[inline(always)]
-    fn new(s: S, operands: &'a Operands<'a, T>, task: [usize; 2], pieces: &[Piece]) -> Self {
-        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+    fn new(s: S, operands: &'a Operands<'a, T>, longest: usize) -> Self {
         let (block, keys, values) = (longest.min(BLOCK), operands.sizes.keys, operands.sizes.values);
         Self {
             s,
             operands,
-            task,
-            weights: Weights::new(s, &operands.decays, task[1], longest),
             turned_keys: Padded::zeros(keys, longest),
             values: Padded::zeros(longest, values),
             keys: Padded::zeros(longest, keys),
             queries: Padded::zeros(block, keys),
-            outputs: Padded::zeros(block, values),
             scores: Padded::zeros(block, longest),
             decays: vec![T::ZERO; longest],
             ahead: [Ahead::NONE; 3],
@@ -164,12 +172,17 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
 
     /// Turns to a piece: copies its keys and values. Those of the next are asked for with the coming products.
     #[inline(always)]
-    fn turn_to(&mut self, piece: &Piece, next: Option<&Piece>) {
-        self.ahead = self.operands.ahead(self.task, next);
-        self.weights.set(self.s, &self.operands.decays, self.task, piece);
-        let [_, k, v] = self.operands.matrices(self.task, &piece.tokens);
-        let to_end = &self.weights.to_end;
-        self.keys.fill(self.s, k, |i| to_end[i]);
+    fn turn_to(
+        &mut self,
+        task: [usize; 2],
+        piece: &Piece,
+        weights: &mut Weights<T>,
+        next: Option<([usize; 2], &Piece)>,
+    ) {
+        self.ahead = self.operands.ahead(next);
+        weights.set(self.s, &self.operands.decays, task, piece);
+        let [_, k, v] = self.operands.matrices(task, &piece.tokens);
+        self.keys.fill(self.s, k, |i| weights.to_end[i]);
         self.values.fill(self.s, v, |_| T::ONE);
     }
 
@@ -178,9 +191,9 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
     /// # Safety
     /// `to` has places for them that nobody else touches.
     #[inline(always)]
-    unsafe fn outputs(&mut self, piece: &Piece, state: &Padded<T>, to: Target<T>) {
+    unsafe fn outputs(&mut self, task: [usize; 2], piece: &Piece, head: &Head<T>, to: Target<T>) {
         let (s, p) = (self.s, self.operands);
-        let [q, k, v] = p.matrices(self.task, &piece.tokens);
+        let [q, k, v] = p.matrices(task, &piece.tokens);
         let (length, keys, values) = (piece.tokens.len(), p.sizes.keys, p.sizes.values);
         self.turned_keys.fill_transposed(s, k);
         // what is not finite must not meet the zeros of the upper triangle
@@ -190,37 +203,37 @@ impl<'a, T: Real, S: Simd<T>> Walker<'a, T, S> {
             let end = start + rows;
             self.queries.fill(s, q.part([start, 0], [rows, keys]), |_| p.scale);
             let q = self.queries.matrix(rows);
-            let (outputs, scores) = (self.outputs.target(), self.scores.target());
-            // SAFETY: outputs and scores have places for a block; the last target is the caller's, row `start` on.
-            unsafe {
-                if !piece.fresh {
-                    let weights = &self.weights.from_start[start..];
-                    Product::new(q, state.right(0..keys, values)).weights(weights).write(p.isa, outputs);
-                }
-                let product = Product::new(q, self.turned_keys.right(0..keys, end)).part(Part::Lower(start));
-                product.write(p.isa, scores);
-                for i in 0..rows {
-                    let decays = self.weights.row(s, start + i, &mut self.decays);
-                    mask(s, &mut self.scores.row_mut(i)[..end], decays);
-                }
-                let scores = self.scores.matrix(rows).part([0, 0], [rows, end]);
-                let product = Product::new(scores, self.values.right(0..end, values));
-                let [q, k, v] = std::mem::replace(&mut self.ahead, [Ahead::NONE; 3]);
-                self.ahead[2] = v;
-                let product = product.part(Part::LowerLeft(start)).single(single).ahead([q, k]);
-                let plus = (!piece.fresh).then_some((outputs, T::ONE));
-                product.plus(plus).write(p.isa, to.from(start));
+            let product = Product::new(q, self.turned_keys.right(0..keys, end)).part(Part::Lower(start));
+            // SAFETY: there is a place for every score.
+            unsafe { product.write(p.isa, self.scores.target()) };
+            for i in 0..rows {
+                let decays = head.weights.row(s, start + i, &mut self.decays);
+                mask(s, &mut self.scores.row_mut(i)[..end], decays);
             }
+            let scores = self.scores.matrix(rows).part([0, 0], [rows, end]);
+            let among = self.values.right(0..end, values);
+            let product = match piece.fresh {
+                true => Product::new(scores, among),
+                false => {
+                    let weights = &head.weights.from_start[start..];
+                    Product::new(q, head.state.right(0..keys, values)).weights(weights).then(scores, among)
+                }
+            };
+            let [q, k, v] = std::mem::replace(&mut self.ahead, [Ahead::NONE; 3]);
+            self.ahead[2] = v;
+            let product = product.part(Part::LowerLeft(start)).single(single).ahead([q, k]);
+            // SAFETY: the caller's promise, row `start` on.
+            unsafe { product.write(p.isa, to.from(start)) };
         }
     }
 
     /// The state after the current piece.
     #[inline(always)]
-    fn advance(&mut self, piece: &Piece, state: &mut Padded<T>) {
-        let (length, to) = (piece.tokens.len(), state.target());
+    fn advance(&mut self, piece: &Piece, head: &mut Head<T>) {
+        let (length, to) = (piece.tokens.len(), head.state.target());
         let k = self.keys.matrix(length).transposed();
         let product = Product::new(k, self.values.right(0..length, self.operands.sizes.values));
-        let plus = (!piece.fresh).then_some((to, self.weights.whole));
+        let plus = (!piece.fresh).then_some((to, head.weights.whole));
         let product = product.plus(plus).ahead([self.ahead[2], Ahead::NONE]);
         // SAFETY: the state is [K, V].
         unsafe { product.write(self.operands.isa, to) };

@@ -25,6 +25,9 @@ use std::ops::Range;
 /// Tokens that look at those before them together.
 const BLOCK: usize = 64;
 
+/// Bytes of the second cache for states of heads that are walked side by side.
+const STATES: usize = 256 << 10;
+
 /// Pieces of one head of one row that are walked one after another.
 struct Stretch {
     /// Row and head.
@@ -86,6 +89,13 @@ pub(super) struct Operands<'a, T: Real> {
     initial: Option<Rows<'a, T>>,
 }
 
+impl Stretch {
+    /// Tokens of the longest piece.
+    fn longest(&self) -> usize {
+        self.pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0)
+    }
+}
+
 impl<'a, T: Real> Operands<'a, T> {
     /// Of checked arguments, all of dtype `T`.
     pub(super) fn new(isa: Isa, args: &Retention, sizes: Sizes, locks: &'a Locks<'a>) -> Result<Self> {
@@ -143,8 +153,17 @@ impl<'a, T: Real> Operands<'a, T> {
     }
 
     /// Queries, keys and values of the piece that comes next, if one does, to be asked for.
-    fn ahead(&self, task: [usize; 2], next: Option<&Piece>) -> [Ahead<T>; 3] {
-        next.map_or([Ahead::NONE; 3], |next| self.matrices(task, &next.tokens).map(Ahead::rows))
+    fn ahead(&self, next: Option<([usize; 2], &Piece)>) -> [Ahead<T>; 3] {
+        next.map_or([Ahead::NONE; 3], |(task, next)| self.matrices(task, &next.tokens).map(Ahead::rows))
+    }
+
+    /// How many heads are walked side by side, so that the rows of all heads, which are neighbours in memory, are read one
+    /// after another: as many as have their states in the second cache and leave work for every thread.
+    fn together(&self) -> usize {
+        let heads = self.sizes.heads;
+        let fit = STATES / (self.state_size() * size_of::<T>()).max(1);
+        let share = self.sizes.batch * heads / rayon::current_num_threads();
+        (1..=fit.min(share).clamp(1, heads)).rev().find(|n| heads % n == 0).unwrap_or(1)
     }
 
     /// A state or its gradient.

@@ -1,7 +1,7 @@
 //! What the backward pass holds while it goes through a piece: copies of the arguments as products want them.
 
+use super::Operands;
 use super::decay::Weights;
-use super::{BLOCK, Operands};
 use crate::backend::cpu::padded::Padded;
 use crate::backend::cpu::product::Product;
 use crate::backend::cpu::simd::{Real, Simd};
@@ -45,28 +45,26 @@ pub(super) struct Scratch<T> {
     pub(super) q: Padded<T>,
     pub(super) early_q: Padded<T>,
     pub(super) outputs: Padded<T>,
-    /// `A` and `P` of a block.
+    /// `A` and `P`.
     pub(super) scores: Padded<T>,
     pub(super) slopes: Padded<T>,
     pub(super) decays: Vec<T>,
-    /// Gradients of q, k and v of the piece.
-    pub(super) dq: Padded<T>,
-    pub(super) dk: Padded<T>,
-    pub(super) dv: Padded<T>,
-    /// Those of the decays.
+    /// What goes through a state of the gradients of q or k, where the decays want to know it.
+    pub(super) along: Padded<T>,
+    /// The gradients of the decays.
     pub(super) decay: Vec<T>,
     /// Paths from the state before to each token, and from each token to the state after.
     pub(super) before: Vec<T>,
     pub(super) after: Vec<T>,
-    /// The piece that comes next.
-    pub(super) next: Option<Piece>,
+    /// The piece that comes next, and of which row and head.
+    pub(super) next: Option<([usize; 2], Piece)>,
 }
 
 impl<T: Real> Scratch<T> {
     pub(super) fn new(longest: usize, keys: usize, values: usize) -> Self {
         let zeros = |n| vec![T::ZERO; n];
         let [by_key, by_value] = [keys, values].map(|width| move || Padded::zeros(longest, width));
-        let block = || Padded::zeros(longest.min(BLOCK), longest);
+        let square = || Padded::zeros(longest, longest);
         Self {
             k: by_key(),
             v: by_value(),
@@ -76,12 +74,10 @@ impl<T: Real> Scratch<T> {
             q: by_key(),
             early_q: by_key(),
             outputs: by_value(),
-            scores: block(),
-            slopes: block(),
+            scores: square(),
+            slopes: square(),
             decays: zeros(longest),
-            dq: by_key(),
-            dk: by_key(),
-            dv: by_value(),
+            along: by_key(),
             decay: zeros(longest),
             before: zeros(longest),
             after: zeros(longest),
@@ -89,9 +85,26 @@ impl<T: Real> Scratch<T> {
         }
     }
 
-    /// Copies keys and values of a piece.
+    /// Copies queries, keys and values of a piece.
     #[inline(always)]
-    pub(super) fn pack<S: Simd<T>>(
+    pub(super) fn take_up<S: Simd<T>>(
+        &mut self,
+        s: S,
+        operands: &Operands<T>,
+        task: [usize; 2],
+        piece: &Piece,
+    ) {
+        let [q, k, v] = operands.matrices(task, &piece.tokens);
+        self.q.fill(s, q, |_| T::ONE);
+        self.k.fill(s, k, |_| T::ONE);
+        self.v.fill(s, v, |_| T::ONE);
+        self.turned_k.fill_transposed(s, k);
+        self.turned_v.fill_transposed(s, v);
+    }
+
+    /// Copies what the state after a piece takes of it.
+    #[inline(always)]
+    pub(super) fn take_ends<S: Simd<T>>(
         &mut self,
         s: S,
         operands: &Operands<T>,

@@ -99,7 +99,7 @@ impl<T: Real> Kernel<T> for Total<'_, T> {
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) -> T {
         let Self { operands, stretch } = self;
-        let longest = stretch.pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let longest = stretch.longest();
         let mut weights = Weights::new(s, &operands.decays, stretch.task[1], longest);
         let mut total = 1.0;
         for piece in &stretch.pieces {
@@ -128,7 +128,7 @@ impl<T: Real> Kernel<T> for Through<'_, T> {
     fn run<S: Simd<T>>(self, s: S) -> Vec<T> {
         let Stretch { task, ref pieces, .. } = *self.stretch;
         let p = self.operands;
-        let longest = pieces.iter().map(|piece| piece.tokens.len()).max().unwrap_or(0);
+        let longest = self.stretch.longest();
         let mut weights = Weights::new(s, &p.decays, task[1], longest);
         let mut gradient = Padded::zeros(p.sizes.keys, p.sizes.values);
         let mut outputs = Padded::zeros(longest, p.sizes.values);
