@@ -7,7 +7,8 @@
 DIR holds the peers as published: mamba_ssm-*.tar.gz (its scan is compiled here, some three minutes) and the wheels of
 fla-core and flash-linear-attention; PyTorch and Triton must be installed. Operators run through the crate's public
 functions and candle's graph, calls in a row; peers through their kernels alone, which favours them.
-`bwd` and `fwd_bwd` of the crate include what candle does with gradients beside the operator. Times are medians in milliseconds.
+`bwd` and `fwd_bwd` of the crate include what candle does with gradients beside the operator, which `accumulate` measures
+alone: a zero and a sum for every input, and the ones that go in. Times are medians in milliseconds.
 """
 import argparse
 import glob
@@ -23,7 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SHAPES = json.loads((HERE / "shapes.json").read_text())
-OPERATORS = ["selective_scan", "selective_state_update", "causal_conv1d", "retention", "retention_step"]
+NORMS = {"rms_norm": 2, "layer_norm": 2, "add_norm": 4, "gated_norm": 3}  # tensors that each reads and writes
+OPERATORS = ["selective_scan", "selective_state_update", "causal_conv1d", *NORMS, "retention", "retention_step"]
 COPY_TB_S, MUFU_PER_S = 3.02, 132 * 16 * 1.98e9  # of one H100 (measured; multiprocessors x 16 a clock x clock)
 UNITS = {"ns": 1e-6, "µs": 1e-3, "us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -39,7 +41,8 @@ def main():
     peers = {}
     for operator in operators:
         try:
-            peers |= globals()["time_" + operator](options.peers, dtypes)
+            time = globals()["time_norm" if operator in NORMS else "time_" + operator]
+            peers |= time(options.peers, dtypes, *[operator] * (operator in NORMS))
         except Exception as error:  # one peer's failure must not hide the other figures
             print(f"{operator}: the peer failed: {type(error).__name__} {error}"[:600], file=sys.stderr)
     ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator, dtypes).items()}
@@ -74,17 +77,19 @@ def time_ours(bench, operator, dtypes):
 
 def floors(operator, name, dtype, what):
     """The least time, ms: bytes over the copy bandwidth, or for the scan its exponentials."""
-    shape = next(shape for shape in SHAPES[operator] if shape["name"] == name)
+    shape = next(shape for shape in shapes_of(operator) if shape["name"] == name)
     size = 4 if dtype == "f32" else 2
+    if what not in ("fwd", "step"):
+        return None
+    if operator in NORMS:
+        return NORMS[operator] * shape["B"] * shape["L"] * shape["D"] * size / COPY_TB_S / 1e9
     if operator.startswith("retention"):
         b, t, h, k, v = shape["B"], shape.get("T", 1), shape["H"], shape["K"], shape["V"]
         sequences, states = 2 * b * t * h * (k + v) * size, 8 * b * h * k * v if what == "step" else 0
-        return None if what == "fwd_bwd" else (sequences + states) / COPY_TB_S / 1e9
+        return (sequences + states) / COPY_TB_S / 1e9
     b, d, n = shape["B"], shape["D"], shape.get("N", 0)
     if what == "step":
         return (8 * b * d * n + 4 * size * b * d) / COPY_TB_S / 1e9
-    if what != "fwd":
-        return None
     tokens = b * shape["L"]
     tensors = 4 if operator == "selective_scan" else 2
     bytes_moved = tensors * tokens * d * size + 2 * tokens * n * size
@@ -106,8 +111,12 @@ def randn(*shape, dtype=None):
     return torch.randn(*shape, device="cuda", dtype=dtype or torch.float32)
 
 
+def shapes_of(operator):
+    return SHAPES["norm" if operator in NORMS else operator]
+
+
 def cuda_shapes(operator):
-    return [shape for shape in SHAPES[operator] if not shape["name"].startswith("cpu-")]
+    return [shape for shape in shapes_of(operator) if not shape["name"].startswith("cpu-")]
 
 
 def unpacked(peers):
@@ -159,11 +168,42 @@ def time_selective_scan(peers, dtypes):
     return times
 
 
-def time_selective_state_update(peers, dtypes):
-    import torch
+def use_mamba_ssm(peers):
     package = types.ModuleType("mamba_ssm")  # without its __init__, which needs the compiled extension
     package.__path__ = [unpacked(peers) + "/mamba_ssm"]
     sys.modules.setdefault("mamba_ssm", package)
+
+
+def time_norm(peers, dtypes, operator):
+    import torch
+    use_mamba_ssm(peers)
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+    runs = {
+        "rms_norm": lambda x, other, weight, bias: rms_norm_fn(x, weight, None, eps=1e-5),
+        "layer_norm": lambda x, other, weight, bias: layer_norm_fn(x, weight, bias, eps=1e-5),
+        "add_norm": lambda x, other, weight, bias: rms_norm_fn(x, weight, None, residual=other, prenorm=True, eps=1e-5)[0],
+        "gated_norm": lambda x, other, weight, bias: rmsnorm_fn(x, weight, None, z=other, eps=1e-5, norm_before_gate=False),
+    }
+    times = {}
+    for shape in cuda_shapes(operator):
+        b, l, d = (shape[letter] for letter in "BLD")
+        for name in dtypes:
+            dtype = dtype_of(name)
+            inputs = [randn(b, l, d, dtype=dtype), randn(b, l, d, dtype=dtype), randn(d, dtype=dtype), randn(d, dtype=dtype)]
+            run = lambda: runs[operator](*inputs)
+            key = (operator, shape["name"], name)
+            with torch.no_grad():
+                times[key + ("fwd",)] = median(run)
+            for x in inputs:
+                x.requires_grad_(True)
+            gradient = torch.randn_like(run())
+            times[key + ("fwd_bwd",)] = median(lambda: run().backward(gradient))
+    return times
+
+
+def time_selective_state_update(peers, dtypes):
+    use_mamba_ssm(peers)
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     times = {}
     for shape in cuda_shapes("selective_state_update"):

@@ -26,7 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PYTHON = {
-    "torch": ["torch==2.15.0", "transformers==5.23.0", "mambapy==1.2.0", "einops", "safetensors", "numpy"],
+    "torch": ["torch==2.11.0", "transformers==5.23.0", "mambapy==1.2.0", "einops", "safetensors", "numpy"],
     # without what they depend on: they want other versions of it than they need
     "retention": ["--no-deps", "fla-core==0.6.0", "flash-linear-attention==0.6.0", "torchscale==0.3.0"],
     "llama.cpp": ["llama-cpp-python==0.3.36", "gguf==0.19.0"],

@@ -114,7 +114,8 @@ pub fn measure<T>(
 }
 
 /// Measures `<id>/fwd`, `run` on plain tensors, and `<id>/fwd_bwd`, `run` on variables with the gradients of the sum
-/// of its result in all of them; on a GPU also `<id>/bwd`, the gradients alone.
+/// of its result in all of them; on a GPU also `<id>/bwd`, the gradients alone, and `<id>/accumulate`, what candle adds to
+/// them: ones for the result, and zeros and a sum for every variable.
 pub fn measure_both(
     group: &mut BenchmarkGroup<WallTime>,
     id: &str,
@@ -128,6 +129,11 @@ pub fn measure_both(
     measure(group, format!("{id}/fwd_bwd"), throughput.clone(), device, || Ok(run(&variables)?.backward()?));
     if !device.is_cpu() {
         let result = std::cell::LazyCell::new(|| run(&variables).expect("a forward pass"));
-        measure(group, format!("{id}/bwd"), throughput, device, || Ok(result.backward()?));
+        measure(group, format!("{id}/bwd"), throughput.clone(), device, || Ok(result.backward()?));
+        measure(group, format!("{id}/accumulate"), throughput, device, || {
+            let sum = |variable: &Tensor| variable.zeros_like()?.add(variable);
+            let sums = variables.iter().map(sum).collect::<candle_core::Result<Vec<Tensor>>>()?;
+            Ok((result.ones_like()?, sums))
+        });
     }
 }

@@ -8,7 +8,8 @@
 // dx, TAPS - 1 tokens on both sides more. No shared memory, no atomics: the shares of dweight and dbias of each strip are
 // added up by causal_conv1d_sum in order.
 // Registers (4 taps): forward 72, backward 158. Measured at B 2, D 5120, L 8192, K 4, bf16 on an H100: forward 0.140 ms,
-// 79% of copying x at 3.02 TB/s. Faster still: 16-byte accesses in bf16, and shares summed within a block first.
+// 79% of copying x at 3.02 TB/s. 16-byte accesses in bf16 with the next four tokens on their way, at 159 registers, were
+// slower (0.167 ms). Faster still: shares summed within a block first.
 #include "common/types.cuh"
 
 constexpr int THREADS = 128;
@@ -22,10 +23,11 @@ struct Sequence {
 
 struct Conv {
     Sequence x, y, dy, dx;
-    const float *weight, *bias, *initial, *dfinal; // [D, K], [D], [B, D, K - 1] twice
+    const void *weight, *bias;                     // [D, K], [D]: f32 where wide, else of the sequences' type
+    const float *initial, *dfinal;                 // [B, D, K - 1] twice
     float *final, *dinitial, *shares;              // [B, D, K - 1] twice, [B, strips, K + 1, D]
     const uint8_t *marks;                          // [B, L]
-    int length, channels, taps, strip, silu;
+    int length, channels, taps, strip, silu, wide_weight, wide_bias;
 };
 
 template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
@@ -50,11 +52,15 @@ template <typename E, int TAPS, int WIDTH> struct Walk {
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) {
                 int tap = k - (TAPS - p.taps);
-                weight[k][i] = tap >= 0 ? p.weight[int64_t(channel + i) * p.taps + tap] : 0.0f;
+                weight[k][i] = tap >= 0 ? parameter(p.weight, int64_t(channel + i) * p.taps + tap, p.wide_weight) : 0.0f;
                 window[k][i] = 0.0f;
             }
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) bias[i] = p.bias ? p.bias[channel + i] : 0.0f;
+        for (int i = 0; i < WIDTH; ++i) bias[i] = p.bias ? parameter(p.bias, channel + i, p.wide_bias) : 0.0f;
+    }
+
+    static __device__ float parameter(const void *from, int64_t i, int wide) {
+        return wide ? static_cast<const float *>(from)[i] : widen(static_cast<const E *>(from)[i]);
     }
 
     __device__ uint8_t mark(int t) const { return p.marks ? p.marks[int64_t(row) * p.length + t] : 0; }

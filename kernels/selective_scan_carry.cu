@@ -2,92 +2,101 @@
 //
 // selective_scan_summary / back_summary: grid as the scan's, without the chunk that hands nothing on. A chunk's own
 // contribution to the state behind it is a sum over its tokens with weights 2^(a R), R the steps in between: it is taken
-// from the chunk's end, and ends early once every weight is below 2^-48 (f32 keeps 2^-24). Where states decay within a
-// hundred tokens it costs little, at worst as many exponentials as the scan itself. 128 registers, no spills; one tile
-// ahead by asynchronous copies.
+// from the chunk's end, and ends early once every weight of the block is below 2^-NEGLIGIBLE. Where states decay within a
+// hundred tokens it costs little, at worst as many exponentials as the scan itself (0.7 of its time). No spills for N = 16;
+// one tile ahead by asynchronous copies, one barrier a tile.
 // selective_scan_carry: one thread a number of the state goes through the chunks in order, 8 loads ahead.
 // The rest adds up shares in a fixed order. All of these are bound by memory.
 #include "common/scan_prepare.cuh"
 
-constexpr int BLOCKS_PER_MULTIPROCESSOR = 4;
-
-template <typename E, int SPLIT> struct SummaryMemory {
-    using T = Tile<E, SPLIT>;
-    E delta[2][T::SIZE], x[2][T::SIZE], z[2][T::SIZE], raw[2][CoefficientTile<E, SPLIT>::RAW];
-    float step[T::SIZE], input[T::SIZE], coefficient[TILE * STATES * SPLIT], bias[T::CHANNELS];
-    uint8_t marks[TILE];
+template <typename E, typename F> struct SummaryMemory {
+    using T = Tile<E, F>;
+    E delta[T::SIZE], x[T::SIZE], z[T::SIZE], raw[CoefficientTile<E, F>::RAW];
+    float inputs[2][Inputs<F>::SIZE], coefficient[2][F::TILE * F::WIDTH], bias[F::CHANNELS];
+    uint8_t marks[3][F::TILE];
 };
 
 // What a chunk hands on from a carried state of zero, and the sum of its steps, as far as weights are not negligible.
 //   FORWARD   h = sum_t 2^(a R_t) delta_t u_t B_t, R_t the sum of the steps behind t; walked from the end
 //   back      h = sum_t 2^(a S_t) dy_t C_t, S_t the sum of the steps up to and with t; walked from the beginning
-template <typename E, int SPLIT, bool FORWARD> __device__ void summary(const Scan &p) {
-    using T = Tile<E, SPLIT>;
+template <typename E, typename F, bool FORWARD> __device__ void summary(const Scan &p) {
+    using T = Tile<E, F>;
+    constexpr int PER = F::PER, STATES = F::STATES, TILE = F::TILE;
     extern __shared__ __align__(16) char bytes[];
-    auto &m = *reinterpret_cast<SummaryMemory<E, SPLIT> *>(bytes);
-    Place<SPLIT> at(p, FORWARD ? 0 : 1); // the last chunk hands nothing on
-    Lane<SPLIT> lane(at);
+    auto &m = *reinterpret_cast<SummaryMemory<E, F> *>(bytes);
+    Place<F> at(p, FORWARD ? 0 : 1); // the last chunk hands nothing on
+    Lane<F> lane(at);
     int n = p.states;
     int64_t row_states = int64_t(p.channels) * n, chunk = int64_t(at.row) * at.chunks + at.chunk;
-    float a[PAIR][STATES], h[PAIR][STATES] = {}, slowest[PAIR] = {-INFINITY, -INFINITY}, sum[PAIR] = {0.0f, 0.0f};
+    typename F::States a, h = {};
+    float slowest[PER], sum[PER] = {};
     lane.load(a, p.a, n, LOG2E);
 #pragma unroll
-    for (int k = 0; k < PAIR; ++k)
+    for (int k = 0; k < PER; ++k) {
+        slowest[k] = -INFINITY;
 #pragma unroll
         for (int i = 0; i < STATES; ++i)
             if (k < lane.live && lane.part * STATES + i < n) slowest[k] = fmaxf(slowest[k], a[k][i]);
+    }
     load_bias(p, at, m.bias);
     T own(at);
-    CoefficientTile<E, SPLIT> coefficient(FORWARD ? p.b : p.c, at, n, p.aligned_coefficients, 0);
-    auto fetch = [&](int buffer, int start) {
-        own.fetch(m.delta[buffer], p.delta, at, start, p.aligned);
-        own.fetch(m.x[buffer], FORWARD ? p.u : p.dy, at, start, p.aligned);
-        if (!FORWARD && p.z.data) own.fetch(m.z[buffer], p.z, at, start, p.aligned);
-        coefficient.fetch(m.raw[buffer], at, start);
+    bool aligned = F::PER == 1 || p.aligned; // as forward
+    CoefficientTile<E, F> coefficient(FORWARD ? p.b : p.c, at, n, p.aligned_coefficients, 0);
+    int tiles = (at.end - at.begin + TILE - 1) / TILE;
+    auto beginning = [&](int i) { return at.begin + (FORWARD ? tiles - 1 - i : i) * TILE; };
+    const Sequence &sequence = FORWARD ? p.u : p.dy;
+    Walker<E, F> delta(p.delta, at, own, beginning(0)), x(sequence, at, own, beginning(0)), z(p.z, at, own, beginning(0));
+    // One buffer does: a thread asks for what it has just read itself.
+    auto fetch = [&](int start) {
+        constexpr int NEXT = FORWARD ? -1 : 1;
+        delta.fetch(m.delta, at, own, at.end - start, aligned), delta.move(p.delta, NEXT);
+        x.fetch(m.x, at, own, at.end - start, aligned), x.move(sequence, NEXT);
+        if (!FORWARD && p.z.data) z.fetch(m.z, at, own, at.end - start, aligned), z.move(p.z, NEXT);
+        coefficient.fetch(m.raw, at, start);
         commit_copies();
     };
-    int tiles = (at.end - at.begin + TILE - 1) / TILE, buffer = 0;
-    auto beginning = [&](int i) { return at.begin + (FORWARD ? tiles - 1 - i : i) * TILE; };
-    fetch(0, beginning(0));
-    bool reset = false;
-    for (int i = 0; i < tiles && !reset; ++i, buffer ^= 1) {
-        int start = beginning(i);
-        bool found = load_marks(p, at, m.marks, start);
+    fetch(beginning(0));
+    bool found = load_marks(p, at, m.marks[0], beginning(0)), reset = false, over = false;
+    __syncthreads();
+    // A tile has one barrier, so slow warps may still walk through the tile before: what they read has other buffers.
+    for (int i = 0; i < tiles; ++i) {
+        int start = beginning(i), buffer = i % 2;
+        uint8_t *marks = m.marks[i % 3];
         wait_copies<0>();
-        reset = __syncthreads_or(found);
-        if (i + 1 < tiles) fetch(buffer ^ 1, beginning(i + 1));
-        coefficient.widen_tile(m.coefficient, m.raw[buffer], at, start);
-        prepare<E, SPLIT>(p, at, own, m.x[buffer], m.delta[buffer], m.z[buffer], m.x[buffer], m.step,
-                          FORWARD ? m.input : nullptr, FORWARD ? nullptr : m.input, m.bias, m.marks, start);
-        __syncthreads();
+        coefficient.widen_tile(m.coefficient[buffer], m.raw, at, start);
+        prepare<E, F>(p, at, own, FORWARD ? m.x : nullptr, m.delta, m.z, FORWARD ? nullptr : m.x, m.inputs[buffer], nullptr,
+                      m.bias, marks, start);
+        bool here = found;
+        if (i + 1 < tiles) fetch(beginning(i + 1)), found = load_marks(p, at, m.marks[(i + 1) % 3], beginning(i + 1));
+        if (__syncthreads_and(over)) break;
+        if (p.marks) reset = __syncthreads_or(here);
 #pragma unroll 4
         for (int j = 0; j < TILE; ++j) {
             int t = FORWARD ? TILE - 1 - j : j;
-            bool first = reset && m.marks[t] == START;
+            bool first = reset && marks[t] == START;
             if (!FORWARD && first) break;
-            float ct[STATES];
-            load_states(ct, m.coefficient + t * STATES * SPLIT + lane.part * STATES);
-            float2 delta = reinterpret_cast<const float2 *>(m.step + t * T::CHANNELS)[lane.pair];
-            float2 x = reinterpret_cast<const float2 *>(m.input + t * T::CHANNELS)[lane.pair];
-            if (!FORWARD) sum[0] += delta.x, sum[1] += delta.y;
+            float ct[STATES], in[2 * PER];
+            load_floats(in, m.inputs[buffer] + t * Inputs<F>::TOKEN + Inputs<F>::place(lane.own));
+            load_floats(ct, m.coefficient[buffer] + t * F::WIDTH + lane.part * STATES);
 #pragma unroll
-            for (int k = 0; k < STATES; ++k) {
-                h[0][k] = fmaf(exp2_fast(sum[0] * a[0][k]), x.x * ct[k], h[0][k]);
-                h[1][k] = fmaf(exp2_fast(sum[1] * a[1][k]), x.y * ct[k], h[1][k]);
+            for (int k = 0; k < PER; ++k) {
+                if (!FORWARD) sum[k] += in[k];
+#pragma unroll
+                for (int s = 0; s < STATES; ++s) h[k][s] = fmaf(exp2_fast(sum[k] * a[k][s]), in[PER + k] * ct[s], h[k][s]);
+                if (FORWARD) sum[k] += in[k];
             }
-            if (FORWARD) sum[0] += delta.x, sum[1] += delta.y;
             if (FORWARD && first) break;
         }
-        bool over = true;
+        if (reset) break;
+        over = true;
 #pragma unroll
-        for (int k = 0; k < PAIR; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE);
-        if (__syncthreads_and(over)) break;
+        for (int k = 0; k < PER; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE);
     }
     wait_copies<0>();
     lane.store(p.carried + chunk * row_states, h, n);
     // a chunk in which a sequence begins hands nothing on
 #pragma unroll
-    for (int k = 0; k < PAIR; ++k)
+    for (int k = 0; k < PER; ++k)
         if (lane.part == 0 && k < lane.live) p.span[chunk * p.channels + lane.channel + k] = reset ? -1.0f : sum[k];
 }
 
@@ -172,8 +181,30 @@ REDUCE(float)
 REDUCE(bf16)
 REDUCE(f16)
 
-template <typename E, int SPLIT> __device__ void summary_forward(const Scan &p) { summary<E, SPLIT, true>(p); }
-template <typename E, int SPLIT> __device__ void summary_back(const Scan &p) { summary<E, SPLIT, false>(p); }
+template <typename E, typename F> __device__ void summary_forward(const Scan &p) { summary<E, F, true>(p); }
+template <typename E, typename F> __device__ void summary_back(const Scan &p) { summary<E, F, false>(p); }
 
-SCAN_KERNELS(selective_scan_summary, summary_forward, SummaryMemory, BLOCKS_PER_MULTIPROCESSOR)
-SCAN_KERNELS(selective_scan_back_summary, summary_back, SummaryMemory, BLOCKS_PER_MULTIPROCESSOR)
+// Forward and back take the forms of the kernels that they prepare.
+#define FORWARD(BLOCKS, E, P, N, S)                                                                                     \
+    SCAN_KERNEL(selective_scan_summary, summary_forward, SummaryMemory, BLOCKS, E, P, N, S)
+#define BACK(BLOCKS, E, P, N, S)                                                                                        \
+    SCAN_KERNEL(selective_scan_back_summary, summary_back, SummaryMemory, BLOCKS, E, P, N, S)
+#define SUMMARIES(E)                                                                                                    \
+    FORWARD(6, E, 1, 4, 4)                                                                                              \
+    FORWARD(5, E, 2, 4, 4)                                                                                              \
+    FORWARD(3, E, 2, 8, 1)                                                                                              \
+    FORWARD(4, E, 2, 8, 2)                                                                                              \
+    FORWARD(4, E, 2, 8, 4)                                                                                              \
+    FORWARD(4, E, 2, 8, 8)                                                                                              \
+    FORWARD(4, E, 2, 8, 16)                                                                                             \
+    FORWARD(4, E, 2, 8, 32)                                                                                             \
+    BACK(5, E, 2, 4, 1)                                                                                                 \
+    BACK(5, E, 2, 4, 2)                                                                                                 \
+    BACK(5, E, 2, 4, 4)                                                                                                 \
+    BACK(5, E, 2, 4, 8)                                                                                                 \
+    BACK(5, E, 2, 4, 16)                                                                                                \
+    BACK(5, E, 2, 4, 32)                                                                                                \
+    BACK(4, E, 1, 8, 32)
+SUMMARIES(float)
+SUMMARIES(bf16)
+SUMMARIES(f16)

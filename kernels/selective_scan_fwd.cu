@@ -1,139 +1,225 @@
 // The selective scan, forward; src/ops/selective_scan has the formula, common/scan.cuh the shape of a block.
 //
-// Grid (blocks of channels, batch, chunks of time), 128 threads. Per tile of 16 tokens: sequences, B and C by asynchronous
-// copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the tokens with
-// 2 channels x 8 numbers of the state in registers; then skip weight, gate and store. With N = 16 a block has 128
-// channels, and B and C are read once for all of them.
+// Grid (blocks of channels, batch, chunks of time), 128 threads. Per tile of 16 or 32 tokens: sequences, B and C by
+// asynchronous copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the
+// tokens with its numbers of the state in registers; then skip weight, gate and store.
 //
-// Shared memory 41 KB (bf16), 64 KB (f32); 128 registers, no spills: 4 blocks (f32: 3) a multiprocessor.
-// Bytes: u, delta, z, B, C read once, y written once, and for training 4 N bytes a channel and tile of states.
+// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 45 KB, 92 registers, 5 blocks a
+// multiprocessor), two by four (64, 40 KB, 117, 4) or two by eight (128, 37 KB, 128, 4); no spills.
+// Bytes: u, delta, z, B, C read once, y written once, and for training 4 N bytes a channel and KEPT tokens of states.
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
 // that of memory (8 B D L bytes in bf16 at 3.02 TB/s).
-// Measured at B 64, D 1536, L 200, N 16, bf16: 0.171 ms, 2.3 times the floor; ncu: IPC 2.3, special functions 55% and FMA
-// 32% busy, DRAM 27%; the walk takes 60% of the time at 80% of the special functions' rate, widening and storing the rest.
-// Exponentials by FMA polynomials would cost as many issue slots as they free, so there are none.
-// Faster still: widen in a warp of its own while the others walk, so that the special functions never wait.
+// One H100, bf16, ms (share of the floor): 130m 0.212 (45%), 1.4b 0.480 (53%), 2.8b-8k 0.829 (39%), short 0.142 (53%).
+// ncu at 1.4b, two by four: 9.5 instructions a number of the state, 5.8 of them in the walk; IPC 2.5, special functions
+// 66% busy, FMA 36%, shared memory 62%, DRAM 33%. One by four: shared memory 78%, for what a lane reads serves one channel.
+// Where channels are few (130m, 2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
+// Exponentials by FMA polynomials would cost as many issue slots as they free, so there are none. Walking in some warps
+// while others prepare and finish, between the same barriers, took 17% more instructions and was slower.
 #include "common/scan_prepare.cuh"
 
-// Tokens that the compiler interleaves.
-constexpr int WALK = 4;
-constexpr int BLOCKS_PER_MULTIPROCESSOR = 4;
+// Tokens whose numbers are on their way while those of as many others are used.
+template <typename F> constexpr int AHEAD = F::STATES > 4 ? 1 : 2;
 
-template <int SPLIT, bool RESETS>
-__device__ __forceinline__ void walk(float (&h)[PAIR][STATES], const float (&a)[PAIR][STATES], const float *step,
-                                     float *input, const float *b, const float *c, const uint8_t *marks, int pair,
-                                     int part) {
-    constexpr int CHANNELS = Place<SPLIT>::CHANNELS, WIDTH = STATES * SPLIT;
-#pragma unroll WALK
-    for (int t = 0; t < TILE; ++t) {
-        float bt[STATES], ct[STATES];
-        load_states(bt, b + t * WIDTH + part * STATES);
-        load_states(ct, c + t * WIDTH + part * STATES);
-        float2 delta = reinterpret_cast<const float2 *>(step + t * CHANNELS)[pair];
-        float2 x = reinterpret_cast<const float2 *>(input + t * CHANNELS)[pair];
-        if (RESETS && marks[t] == START) {
+// The lanes' shares of y: over the inputs that a walk has read where they fit there, else apart.
+template <typename F> struct Shares {
+    static constexpr bool APART = F::SPLIT > 2;
+    // Parts begin in other banks, and so do two tokens that eight threads share.
+    static constexpr int PART = F::CHANNELS + (F::OWNERS * F::PER % LANES < 4 ? 4 : F::OWNERS * F::PER % LANES);
+    static constexpr int TOKEN = APART ? F::SPLIT * PART + (F::CHANNELS == 32 ? 4 : 0) : Inputs<F>::TOKEN;
+    static constexpr int SIZE = APART ? F::TILE * TOKEN : 4;
+
+    // The place of a lane's share in a token's row.
+    static __device__ __forceinline__ int place(const Lane<F> &lane) {
+        return APART ? lane.part * PART + spot(lane.own * F::PER) : Inputs<F>::place(lane.own) + lane.part * F::PER;
+    }
+    template <int WIDTH>
+    static __device__ __forceinline__ void sum(float (&y)[WIDTH], const float *row, int channel) {
+        if (APART) {
+            load_swizzled(y, row, channel);
 #pragma unroll
-            for (int i = 0; i < STATES; ++i) h[0][i] = h[1][i] = 0.0f;
-        }
-        float y[PAIR] = {0.0f, 0.0f};
+            for (int part = 1; part < F::SPLIT; ++part) {
+                float other[WIDTH];
+                load_swizzled(other, row + part * PART, channel);
 #pragma unroll
-        for (int i = 0; i < STATES; ++i) {
-            h[0][i] = fmaf(exp2_fast(delta.x * a[0][i]), h[0][i], x.x * bt[i]);
-            h[1][i] = fmaf(exp2_fast(delta.y * a[1][i]), h[1][i], x.y * bt[i]);
-            y[0] = fmaf(h[0][i], ct[i], y[0]);
-            y[1] = fmaf(h[1][i], ct[i], y[1]);
+                for (int k = 0; k < WIDTH; ++k) y[k] += other[k];
+            }
+        } else {
+            float both[2 * WIDTH];
+            load_swizzled(both, row, 2 * channel);
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) {
+                int place = Inputs<F>::mixed(k);
+                y[k] = F::SPLIT == 1 ? both[place] : both[place] + both[place + F::PER];
+            }
         }
-        sum_parts<SPLIT>(y, part);
-        // every lane of the warp has read its input by now, and only this warp uses these channels
-        put_parts<SPLIT>(input + t * CHANNELS + pair * PAIR, y, part);
+    }
+};
+
+// What a lane reads of AHEAD tokens.
+template <typename F> struct Read {
+    static constexpr int COUNT = AHEAD<F>;
+    float in[COUNT][2 * F::PER], b[COUNT][F::STATES], c[COUNT][F::STATES];
+    __device__ __forceinline__ void load(const float *inputs, const float *b_, const float *c_, int token) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            load_floats(in[i], inputs + (token + i) * Inputs<F>::TOKEN);
+            load_floats(b[i], b_ + (token + i) * F::WIDTH);
+            load_floats(c[i], c_ + (token + i) * F::WIDTH);
+        }
+    }
+};
+
+// Moves h over KEPT tokens. `inputs`, `b`, `c` and `shares` are the lane's places at the first.
+template <typename F, bool RESETS>
+__device__ __forceinline__ void walk(typename F::States &h, const typename F::States &a, const float *inputs,
+                                     const float *b, const float *c, float *shares, const uint8_t *marks) {
+    constexpr int PER = F::PER, STATES = F::STATES, COUNT = AHEAD<F>;
+    auto use = [&](const Read<F> &now, int t) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            float y[PER] = {};
+            if (RESETS && marks[t + i] == START) {
+#pragma unroll
+                for (int k = 0; k < PER; ++k)
+#pragma unroll
+                    for (int s = 0; s < STATES; ++s) h[k][s] = 0.0f;
+            }
+#pragma unroll
+            for (int s = 0; s < STATES; ++s)
+#pragma unroll
+                for (int k = 0; k < PER; ++k) {
+                    h[k][s] = fmaf(exp2_fast(now.in[i][k] * a[k][s]), h[k][s], now.in[i][PER + k] * now.b[i][s]);
+                    y[k] = fmaf(h[k][s], now.c[i][s], y[k]);
+                }
+            // every lane of the warp has read its input by now, and only this warp uses these channels
+            store_floats(shares + (t + i) * Shares<F>::TOKEN, y);
+        }
+    };
+    Read<F> even, odd;
+    even.load(inputs, b, c, 0);
+#pragma unroll 2
+    for (int t = 0; t < KEPT; t += 2 * COUNT) {
+        odd.load(inputs, b, c, t + COUNT);
+        use(even, t);
+        if (t + 2 * COUNT < KEPT) even.load(inputs, b, c, t + 2 * COUNT);
+        use(odd, t + COUNT);
     }
 }
 
-template <typename E, int SPLIT> struct ForwardMemory {
-    using T = Tile<E, SPLIT>;
-    E u[2][T::SIZE], delta[2][T::SIZE], z[T::SIZE];
-    float step[T::SIZE], input[T::SIZE];
-    E raw_b[2][CoefficientTile<E, SPLIT>::RAW], raw_c[2][CoefficientTile<E, SPLIT>::RAW];
-    float b[TILE * STATES * SPLIT], c[TILE * STATES * SPLIT];
-    float bias[T::CHANNELS];
-    uint8_t marks[2][TILE];
+template <typename E, typename F> struct ForwardMemory {
+    using T = Tile<E, F>;
+    E u[2][T::SIZE], delta[T::SIZE], z[T::SIZE];
+    float inputs[Inputs<F>::SIZE], shares[Shares<F>::SIZE];
+    E raw_b[CoefficientTile<E, F>::RAW], raw_c[CoefficientTile<E, F>::RAW];
+    float b[F::TILE * F::WIDTH], c[F::TILE * F::WIDTH];
+    float bias[F::CHANNELS], skip[F::CHANNELS];
+    uint8_t marks[3][F::TILE]; // of the tile before, which others may still finish, this one and the next
 };
 
-template <typename E, int SPLIT> __device__ void forward(const Scan &p) {
-    using T = Tile<E, SPLIT>;
+template <typename E, typename F> __device__ void forward(const Scan &p) {
+    using T = Tile<E, F>;
+    constexpr int TILE = F::TILE;
     extern __shared__ __align__(16) char bytes[];
-    auto &m = *reinterpret_cast<ForwardMemory<E, SPLIT> *>(bytes);
-    Place<SPLIT> at(p);
-    Lane<SPLIT> lane(at);
+    auto &m = *reinterpret_cast<ForwardMemory<E, F> *>(bytes);
+    Place<F> at(p);
+    Lane<F> lane(at);
+    // few numbers in a lane are for sequences in whole packs: others take the wider forms
+    bool aligned = F::STATES == 4 || p.aligned;
     int n = p.states;
     int64_t row_states = int64_t(p.channels) * n;
-    float a[PAIR][STATES], h[PAIR][STATES] = {};
+    typename F::States a, h = {};
     lane.load(a, p.a, n, LOG2E);
     if (p.carried)
         lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
     else if (p.initial)
         lane.load(h, p.initial + at.row * row_states, n, 1.0f);
     load_bias(p, at, m.bias);
+    for (int k = threadIdx.x; k < F::CHANNELS; k += THREADS) m.skip[k] = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
     T own(at);
-    CoefficientTile<E, SPLIT> b(p.b, at, n, p.aligned_coefficients, 0), c(p.c, at, n, p.aligned_coefficients, 1);
-    auto fetch = [&](int buffer, int start) {
-        own.fetch(m.u[buffer], p.u, at, start, p.aligned);
-        own.fetch(m.delta[buffer], p.delta, at, start, p.aligned);
-        b.fetch(m.raw_b[buffer], at, start);
-        c.fetch(m.raw_c[buffer], at, start);
+    Walker<E, F> u(p.u, at, own, at.begin), delta(p.delta, at, own, at.begin), z(p.z, at, own, at.begin);
+    Walker<E, F> y(p.y, at, own, at.begin);
+    CoefficientTile<E, F> b(p.b, at, n, p.aligned_coefficients, 0), c(p.c, at, n, p.aligned_coefficients, 1);
+    float *all_shares = Shares<F>::APART ? m.shares : m.inputs, *shares = all_shares + Shares<F>::place(lane);
+    const float *inputs = m.inputs + Inputs<F>::place(lane.own);
+    const float *own_b = m.b + lane.part * F::STATES, *own_c = m.c + lane.part * F::STATES;
+    // What is used up while a tile is prepared has one buffer: a thread asks for what it has just read itself.
+    auto fetch = [&](int buffer, uint8_t *marks, int start) {
+        u.fetch(m.u[buffer], at, own, at.end - start, aligned), u.move(p.u, 1);
+        delta.fetch(m.delta, at, own, at.end - start, aligned), delta.move(p.delta, 1);
+        b.fetch(m.raw_b, at, start);
+        c.fetch(m.raw_c, at, start);
+        load_marks(p, at, marks, start);
         commit_copies();
     };
-    fetch(0, at.begin);
-    int buffer = 0;
-    int64_t tiles = (p.length + TILE - 1) / TILE;
+    fetch(0, m.marks[0], at.begin);
+    __syncthreads();
+    int buffer = 0, turn = 0;
+    float *kept = p.kept;
+    if (kept) kept += (int64_t(at.row) * ((p.length + KEPT - 1) / KEPT) + at.begin / KEPT) * row_states;
     for (int start = at.begin; start < at.end; start += TILE, buffer ^= 1) {
-        load_marks(p, at, m.marks[buffer], start);
+        const uint8_t *marks = m.marks[turn];
+        turn = turn < 2 ? turn + 1 : 0;
         wait_copies<0>();
-        __syncthreads();
-        if (p.z.data) own.fetch(m.z, p.z, at, start, p.aligned);
+        b.widen_tile(m.b, m.raw_b, at, start);
+        c.widen_tile(m.c, m.raw_c, at, start);
+        prepare<E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
+        if (p.z.data) z.fetch(m.z, at, own, at.end - start, aligned), z.move(p.z, 1);
         commit_copies();
-        if (start + TILE < at.end) fetch(buffer ^ 1, start + TILE);
-        b.widen_tile(m.b, m.raw_b[buffer], at, start);
-        c.widen_tile(m.c, m.raw_c[buffer], at, start);
-        prepare<E, SPLIT>(p, at, own, m.u[buffer], m.delta[buffer], nullptr, nullptr, m.step, m.input, nullptr, m.bias,
-                          m.marks[buffer], start);
-        if (p.kept) lane.store(p.kept + (at.row * tiles + start / TILE) * row_states, h, n);
-        __syncthreads();
-        if (p.marks)
-            walk<SPLIT, true>(h, a, m.step, m.input, m.b, m.c, m.marks[buffer], lane.pair, lane.part);
-        else
-            walk<SPLIT, false>(h, a, m.step, m.input, m.b, m.c, m.marks[buffer], lane.pair, lane.part);
-        // the gate of this tile, but not what was asked for after it
         if (start + TILE < at.end)
-            wait_copies<1>();
+            fetch(buffer ^ 1, m.marks[turn], start + TILE);
         else
-            wait_copies<0>();
+            commit_copies();
+        __syncthreads();
+#pragma unroll 1
+        for (int t = 0; t < TILE; t += KEPT) {
+            if (kept && start + t < at.end) lane.store(kept, h, n), kept += row_states;
+            const float *in = inputs + t * Inputs<F>::TOKEN, *bt = own_b + t * F::WIDTH, *ct = own_c + t * F::WIDTH;
+            if (p.marks)
+                walk<F, true>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, marks + t);
+            else
+                walk<F, false>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, nullptr);
+        }
+        // the gate of this tile, but not what was asked for after it
+        wait_copies<1>();
         __syncthreads();
         float skip[T::WIDTH];
-#pragma unroll
-        for (int k = 0; k < T::WIDTH; ++k)
-            skip[k] = p.d && own.channel + k < at.count ? p.d[at.first + own.channel + k] : 0.0f;
+        load_floats(skip, m.skip + own.channel);
 #pragma unroll
         for (int v = 0; v < T::OWN; ++v) {
-            int i = threadIdx.x + v * THREADS, token = own.token + v * T::ROWS;
+            int token = own.token + v * T::ROWS;
             if (!own.has(v) || !own.live || start + token >= at.end) break;
-            bool padding = p.marks && m.marks[buffer][token] == PAD;
-            Vector<E> u = reinterpret_cast<const Vector<E> *>(m.u[buffer])[i], out;
-            float y[T::WIDTH];
-            load_floats(y, m.input + i * T::WIDTH);
+            auto uv = T::get(m.u[buffer], v);
+            typename T::Elements out;
+            float sum[T::WIDTH];
+            Shares<F>::sum(sum, all_shares + token * Shares<F>::TOKEN, own.channel);
 #pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) y[k] = fmaf(skip[k], widen(u.at[k]), y[k]);
+            for (int k = 0; k < T::WIDTH; ++k) sum[k] = fmaf(skip[k], widen(uv.at[k]), sum[k]);
             if (p.z.data) {
-                Vector<E> z = reinterpret_cast<const Vector<E> *>(m.z)[i];
+                auto zv = T::get(m.z, v);
 #pragma unroll
-                for (int k = 0; k < T::WIDTH; ++k) y[k] *= silu(widen(z.at[k]));
+                for (int k = 0; k < T::WIDTH; ++k) sum[k] *= silu(widen(zv.at[k]));
             }
+            if (p.marks && marks[token] == PAD)
 #pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) out.at[k] = narrow<E>(padding ? 0.0f : y[k]);
-            own.store(p.y, at, start, v, out, p.aligned);
+                for (int k = 0; k < T::WIDTH; ++k) sum[k] = 0.0f;
+#pragma unroll
+            for (int k = 0; k < T::WIDTH; ++k) out.at[k] = narrow<E>(sum[k]);
+            y.store(at, own, v, out, aligned);
         }
+        y.move(p.y, 1);
     }
     if (at.end == p.length && p.state) lane.store(p.state + at.row * row_states, h, n);
 }
 
-SCAN_KERNELS(selective_scan_fwd, forward, ForwardMemory, BLOCKS_PER_MULTIPROCESSOR)
+#define FORWARD(E, BLOCKS)                                                                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 5, E, 1, 4, 4)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 2, 4, 4)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 1)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, BLOCKS, E, 2, 8, 2)                                         \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 4)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 8)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 16)                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 32)
+FORWARD(float, 3)
+FORWARD(bf16, 4)
+FORWARD(f16, 4)

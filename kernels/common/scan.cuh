@@ -1,15 +1,16 @@
 // What the kernels of the selective scan share: arguments, the shape of a block, tiles of tokens in shared memory.
 //
 // A block owns CHANNELS neighbouring channels of one row of the batch and walks through tiles of TILE tokens. A state of
-// N numbers is spread over SPLIT lanes with STATES numbers each, in registers; a lane carries PAIR channels, so that
-// what it reads of B and C serves both. Lanes of a warp: the SPLIT parts of one pair of channels, then the next pair.
+// N numbers is spread over SPLIT lanes with STATES numbers each, in registers; a lane carries PER channels, and what it
+// reads of B and C serves all of them. Lanes of a warp: its channels with the first part of their states, then the next.
+// Many numbers in a lane take the fewest instructions, few numbers the most lanes: a form is chosen by how many channels
+// there are, see src/ops/selective_scan/cuda/plan.rs.
 #pragma once
 #include "types.cuh"
 
-constexpr int STATES = 8;
-constexpr int PAIR = 2;
 constexpr int THREADS = 128;
-constexpr int TILE = 16;
+// Tokens of a tile at least, and between the states that forward keeps for backward.
+constexpr int KEPT = 16;
 constexpr int LANES = 32;
 
 // Marks of a token, as src/ops/segments.rs has them.
@@ -17,7 +18,7 @@ constexpr uint8_t START = 1;
 constexpr uint8_t PAD = 2;
 
 // A carried state whose weight has fallen to 2^-NEGLIGIBLE counts as forgotten; f32 keeps 24 bits.
-constexpr float NEGLIGIBLE = 48.0f;
+constexpr float NEGLIGIBLE = 32.0f;
 
 // A [B, L, D] tensor; steps in elements.
 struct Sequence {
@@ -39,7 +40,7 @@ struct Scan {
     const float *a, *d, *bias, *initial; // [D, N], [D], [D], [B, D, N]
     const uint8_t *marks;                // [B, L]
     float *state;                        // final state or its gradient, [B, D, N]
-    float *kept;                         // states before every tile, [B, tiles, D, N]
+    float *kept;                         // states before every KEPT tokens, [B, L / KEPT, D, N]
     float *carried;                      // states before (behind, going back) every chunk, [B, chunks, D, N]
     float *span;                         // sum of delta over the chunk as far as it counts, [B, chunks, D]
     float *sums;                         // shares of dB and dC, [blocks, B, L, 2N]
@@ -47,7 +48,7 @@ struct Scan {
     int batch, length, channels, states;
     int part;      // channels that share their groups of B and of C; blocks lie within one part
     int blocks;    // blocks in a part
-    int chunk;     // tokens in a chunk of time, a multiple of TILE
+    int chunk;     // tokens in a chunk of time, a multiple of every TILE
     int softplus;
     int aligned;   // whether rows of all sequences can be read and written in 16-byte pieces
     int aligned_coefficients;
@@ -56,15 +57,24 @@ struct Scan {
     const int *slots, *counts;
 };
 
+// How the numbers of a state lie in lanes.
+template <int PER_, int STATES_, int SPLIT_> struct Form {
+    static constexpr int PER = PER_, STATES = STATES_, SPLIT = SPLIT_;
+    static constexpr int OWNERS = LANES / SPLIT;           // lanes of a part in a warp
+    static constexpr int CHANNELS = THREADS / SPLIT * PER; // of a block
+    static constexpr int WIDTH = STATES * SPLIT;           // numbers of a state, with those beyond N
+    static constexpr int TILE = PER * STATES <= 4 ? 2 * KEPT : KEPT;
+    using States = float[PER][STATES];
+};
+
 // Which channels, row and chunk a block has: grid (parts * blocks, batch, chunks or one less).
-template <int SPLIT> struct Place {
-    static constexpr int CHANNELS = THREADS / SPLIT * PAIR;
+template <typename F> struct Place {
     int first, count, row, chunk, chunks, begin, end;
     // `skipped` chunks have no blocks.
     __device__ Place(const Scan &p, int skipped = 0) {
         int part = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
-        first = part * p.part + block * CHANNELS;
-        count = min(CHANNELS, (part + 1) * p.part - first);
+        first = part * p.part + block * F::CHANNELS;
+        count = min(F::CHANNELS, (part + 1) * p.part - first);
         row = blockIdx.y;
         chunk = blockIdx.z + skipped;
         chunks = (p.length + p.chunk - 1) / p.chunk;
@@ -73,139 +83,200 @@ template <int SPLIT> struct Place {
     }
 };
 
-// One raw tile of a sequence in shared memory: [TILE, CHANNELS], in vectors of WIDTH channels; a thread has the vectors
-// threadIdx.x, + THREADS, .. , all of the same channels.
-template <typename E, int SPLIT> struct Tile {
-    static constexpr int CHANNELS = Place<SPLIT>::CHANNELS;
-    static constexpr int SIZE = TILE * CHANNELS;
-    static constexpr int WIDTH = Vector<E>::SIZE;
-    static constexpr int COLUMNS = CHANNELS / WIDTH;
-    static constexpr int VECTORS = SIZE / WIDTH;
-    static constexpr int ROWS = THREADS / COLUMNS;
-    static constexpr int OWN = VECTORS < THREADS ? 1 : VECTORS / THREADS;
-
-    int token, channel; // of this thread's first vector
-    bool live;          // whether its channels exist
-    __device__ explicit Tile(const Place<SPLIT> &at)
-        : token(threadIdx.x / COLUMNS), channel(threadIdx.x % COLUMNS * WIDTH), live(channel < at.count) {}
-    __device__ bool has(int v) const { return VECTORS >= THREADS || threadIdx.x < VECTORS; }
-
-    // Where this thread's first vector is at token `start`.
-    __device__ E *place(const Sequence &s, const Place<SPLIT> &at, int start) const {
-        return static_cast<E *>(s.data) + at.row * s.row + (start + token) * s.token + at.first + channel;
+// COUNT numbers between shared memory and registers, in pieces of up to 16 bytes.
+template <int COUNT> __device__ __forceinline__ void load_floats(float (&to)[COUNT], const float *from) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int q = 0; q < COUNT / 4; ++q) {
+            float4 v = reinterpret_cast<const float4 *>(from)[q];
+            to[4 * q] = v.x, to[4 * q + 1] = v.y, to[4 * q + 2] = v.z, to[4 * q + 3] = v.w;
+        }
+    } else if constexpr (COUNT == 2) {
+        float2 v = *reinterpret_cast<const float2 *>(from);
+        to[0] = v.x, to[1] = v.y;
+    } else {
+        to[0] = from[0];
     }
+}
+template <int COUNT> __device__ __forceinline__ void store_floats(float *to, const float (&from)[COUNT]) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int q = 0; q < COUNT / 4; ++q)
+            reinterpret_cast<float4 *>(to)[q] =
+                make_float4(from[4 * q], from[4 * q + 1], from[4 * q + 2], from[4 * q + 3]);
+    } else if constexpr (COUNT == 2) {
+        *reinterpret_cast<float2 *>(to) = make_float2(from[0], from[1]);
+    } else {
+        to[0] = from[0];
+    }
+}
 
-    // Asks for tokens `start..` of the block's channels. Vectors beyond them are left as they are; channels beyond them
-    // in a vector become zero.
-    __device__ void fetch(E *tile, const Sequence &s, const Place<SPLIT> &at, int start, int aligned) const {
-        const E *from = place(s, at, start);
+// Neighbouring elements as they are read and written at once.
+template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
+    E at[WIDTH];
+};
+
+// Where the numbers of neighbouring channels lie in a row of f32 in shared memory: threads that write or read eight
+// channels each, and lanes that read one or two, meet in different banks.
+__device__ __forceinline__ int swizzled(int piece) { return piece ^ (piece >> 3 & 3); } // pieces of four numbers
+__device__ __forceinline__ int spot(int channel) { return 4 * swizzled(channel / 4) + channel % 4; }
+template <int COUNT> __device__ __forceinline__ void load_swizzled(float (&to)[COUNT], const float *row, int first) {
+#pragma unroll
+    for (int q = 0; q < COUNT / 4; ++q) {
+        float4 v = reinterpret_cast<const float4 *>(row)[swizzled(first / 4 + q)];
+        to[4 * q] = v.x, to[4 * q + 1] = v.y, to[4 * q + 2] = v.z, to[4 * q + 3] = v.w;
+    }
+}
+template <int COUNT> __device__ __forceinline__ void store_swizzled(float *row, int first, const float (&from)[COUNT]) {
+#pragma unroll
+    for (int q = 0; q < COUNT / 4; ++q)
+        reinterpret_cast<float4 *>(row)[swizzled(first / 4 + q)] =
+            make_float4(from[4 * q], from[4 * q + 1], from[4 * q + 2], from[4 * q + 3]);
+}
+
+// One raw tile of a sequence in shared memory: [TILE, CHANNELS], in packs of WIDTH channels; a thread has the packs
+// threadIdx.x, + THREADS, .. , all of the same channels, and nobody else touches them.
+template <typename E, typename F> struct Tile {
+    static constexpr int SIZE = F::TILE * F::CHANNELS;
+    static constexpr int WIDTH = SIZE / THREADS < Vector<E>::SIZE ? 4 : Vector<E>::SIZE;
+    static constexpr int COLUMNS = F::CHANNELS / WIDTH;
+    static constexpr int PACKS = SIZE / WIDTH;
+    static constexpr int ROWS = THREADS / COLUMNS;
+    static constexpr int OWN = PACKS < THREADS ? 1 : PACKS / THREADS;
+    using Elements = Pack<E, WIDTH>;
+
+    int token, channel; // of this thread's first pack
+    bool live;          // whether its channels exist
+    __device__ explicit Tile(const Place<F> &at)
+        : token(threadIdx.x / COLUMNS), channel(threadIdx.x % COLUMNS * WIDTH), live(channel < at.count) {}
+    __device__ bool has(int v) const { return PACKS >= THREADS || threadIdx.x < PACKS; }
+    // This thread's pack `v` of a tile.
+    static __device__ Elements get(const E *tile, int v) {
+        return reinterpret_cast<const Elements *>(tile)[threadIdx.x + v * THREADS];
+    }
+};
+
+// A sequence as a thread goes through it, tile by tile, its packs' place moving along.
+template <typename E, typename F> struct Walker {
+    using T = Tile<E, F>;
+    E *place;
+    int64_t row; // to the thread's next pack
+    __device__ Walker(const Sequence &s, const Place<F> &at, const T &own, int start)
+        : place(static_cast<E *>(s.data) + at.row * s.row + (start + own.token) * s.token + at.first + own.channel),
+          row(T::ROWS * s.token) {}
+    // Moves by whole tiles.
+    __device__ __forceinline__ void move(const Sequence &s, int tiles) { place += tiles * F::TILE * s.token; }
+
+    // Asks for the thread's packs among the next `left` tokens of the block's channels. Packs beyond them are left as they
+    // are; channels beyond them in a pack become zero.
+    __device__ __forceinline__ void fetch(E *tile, const Place<F> &at, const T &own, int left, bool aligned) const {
         if (aligned) {
 #pragma unroll
-            for (int v = 0; v < OWN; ++v)
-                if (has(v) && live && start + token + v * ROWS < at.end)
-                    copy_async(tile + (threadIdx.x + v * THREADS) * WIDTH, from + v * ROWS * s.token);
+            for (int v = 0; v < T::OWN; ++v)
+                if (own.has(v) && own.live && own.token + v * T::ROWS < left)
+                    copy_async<sizeof(typename T::Elements)>(tile + (threadIdx.x + v * THREADS) * T::WIDTH,
+                                                             place + v * row);
         } else {
-            for (int v = 0; v < OWN; ++v)
-                for (int k = 0; k < WIDTH; ++k)
-                    if (has(v) && start + token + v * ROWS < at.end)
-                        tile[(threadIdx.x + v * THREADS) * WIDTH + k] =
-                            channel + k < at.count ? from[v * ROWS * s.token + k] : narrow<E>(0.0f);
+            for (int v = 0; v < T::OWN; ++v)
+                for (int k = 0; k < T::WIDTH; ++k)
+                    if (own.has(v) && own.token + v * T::ROWS < left)
+                        tile[(threadIdx.x + v * THREADS) * T::WIDTH + k] =
+                            own.channel + k < at.count ? place[v * row + k] : narrow<E>(0.0f);
         }
     }
-
-    // Writes this thread's vector `v` of the tile that begins at `start`.
-    __device__ void store(const Sequence &s, const Place<SPLIT> &at, int start, int v, const Vector<E> &x,
-                          int aligned) const {
-        E *to = place(s, at, start) + v * ROWS * s.token;
+    // Writes the thread's pack `v`.
+    __device__ __forceinline__ void store(const Place<F> &at, const T &own, int v, const typename T::Elements &x,
+                                          bool aligned) const {
+        E *to = place + v * row;
         if (aligned) {
-            *reinterpret_cast<Vector<E> *>(to) = x;
+            *reinterpret_cast<typename T::Elements *>(to) = x;
         } else {
 #pragma unroll
-            for (int k = 0; k < WIDTH; ++k)
-                if (channel + k < at.count) to[k] = x.at[k];
+            for (int k = 0; k < T::WIDTH; ++k)
+                if (own.channel + k < at.count) to[k] = x.at[k];
         }
     }
 };
 
-// WIDTH numbers between shared memory and registers.
-template <int WIDTH> __device__ __forceinline__ void load_floats(float (&to)[WIDTH], const float *from) {
-#pragma unroll
-    for (int q = 0; q < WIDTH / 4; ++q) {
-        float4 v = reinterpret_cast<const float4 *>(from)[q];
-        to[4 * q] = v.x, to[4 * q + 1] = v.y, to[4 * q + 2] = v.z, to[4 * q + 3] = v.w;
-    }
-}
-template <int WIDTH> __device__ __forceinline__ void store_floats(float *to, const float (&from)[WIDTH]) {
-#pragma unroll
-    for (int q = 0; q < WIDTH / 4; ++q)
-        reinterpret_cast<float4 *>(to)[q] = make_float4(from[4 * q], from[4 * q + 1], from[4 * q + 2], from[4 * q + 3]);
-}
-
-// B or C of a block: raw tiles in shared memory on their way to f32 ones [TILE, STATES * SPLIT], zero beyond N.
-template <typename E, int SPLIT> struct CoefficientTile {
-    static constexpr int WIDTH = STATES * SPLIT;
-    static constexpr int SIZE = TILE * WIDTH;
-    static constexpr int OWN = SIZE / THREADS;
+// B or C of a block: raw tiles in shared memory on their way to f32 ones [TILE, WIDTH], zero beyond N and the end. A thread
+// widens the pieces that it has fetched.
+template <typename E, typename F> struct CoefficientTile {
+    static constexpr int SIZE = F::TILE * F::WIDTH;
+    static constexpr int PIECE = Vector<E>::SIZE;
     // Wide states leave no room to stage their numbers.
-    static constexpr bool STAGED = SPLIT <= 8;
-    static constexpr int RAW = STAGED ? SIZE : 8;
-    const char *from;
+    static constexpr bool STAGED = F::SPLIT <= 8;
+    static constexpr int RAW = STAGED ? SIZE : PIECE;
+    static constexpr int PIECES = F::WIDTH / PIECE > 0 ? F::WIDTH / PIECE : 1; // of a token
+    static constexpr int PASSES = (F::TILE * PIECES + THREADS - 1) / THREADS;
+    const char *from; // token 0, and where whole this thread's first piece
     int64_t step;
-    int n, wide, pieces;      // pieces of 16 bytes in a token's numbers; 0: read one by one
-    int token, piece, passes; // this thread's first piece
+    int n, wide, first;
+    bool whole; // whether every token's numbers are read in pieces of 16 bytes, WIDTH of them
     // `turn` spreads the work of several tiles over the threads.
-    __device__ CoefficientTile(const Coefficient &x, const Place<SPLIT> &at, int n, int aligned, int turn)
+    __device__ CoefficientTile(const Coefficient &x, const Place<F> &at, int n, int aligned, int turn)
         : n(n), wide(x.wide) {
         int size = x.wide ? 4 : sizeof(E);
         from = static_cast<const char *>(x.data) + (at.row * x.row + at.first / x.width * x.group) * size;
         step = x.token * size;
-        pieces = STAGED && aligned && size == sizeof(E) ? n * size / 16 : 0;
-        int first = (threadIdx.x + turn * (THREADS / 2)) % THREADS;
-        token = pieces ? first / pieces : TILE;
-        piece = pieces ? first % pieces : 0;
-        passes = pieces ? (TILE * pieces + THREADS - 1) / THREADS : 0;
+        whole = STAGED && aligned && size == sizeof(E) && n == F::WIDTH && n % PIECE == 0;
+        first = (threadIdx.x + turn * (THREADS / 2)) % THREADS;
+        if (whole) from += first / PIECES * step + first % PIECES * 16;
     }
-    __device__ void fetch(E *raw, const Place<SPLIT> &at, int start) const {
-        int t = token, k = piece;
-        for (int pass = 0; pass < passes; ++pass) {
-            if (t < TILE && start + t < at.end)
-                copy_async(reinterpret_cast<char *>(raw) + (t * pieces + k) * 16, from + (start + t) * step + k * 16);
-            if (pass + 1 < passes) t += (k + THREADS) / pieces, k = (k + THREADS) % pieces;
+    __device__ __forceinline__ void fetch(E *raw, const Place<F> &at, int start) const {
+        if (!whole) return;
+        const char *place = from + start * step;
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+            int i = first + pass * THREADS, token = i / PIECES;
+            if (token < F::TILE && start + token < at.end)
+                copy_async<16>(raw + i * PIECE, place + pass * (THREADS / PIECES) * step);
         }
     }
-    __device__ void widen_tile(float *tile, const E *raw, const Place<SPLIT> &at, int start) const {
+    __device__ __forceinline__ void widen_tile(float *tile, const E *raw, const Place<F> &at, int start) const {
+        if (whole) {
 #pragma unroll
-        for (int v = 0; v < OWN; ++v) {
-            int i = threadIdx.x + v * THREADS, token = i / WIDTH, k = i % WIDTH;
-            float value = 0.0f;
-            if (start + token < at.end && k < n) {
-                const char *source = pieces ? reinterpret_cast<const char *>(raw) : from + (start + token) * step;
-                int place = pieces ? token * n + k : k;
-                value = wide ? reinterpret_cast<const float *>(source)[place]
-                             : widen(reinterpret_cast<const E *>(source)[place]);
+            for (int pass = 0; pass < PASSES; ++pass) {
+                int i = first + pass * THREADS, token = i / PIECES;
+                if (token >= F::TILE) break;
+                float values[PIECE] = {};
+                if (start + token < at.end) {
+                    Vector<E> piece = reinterpret_cast<const Vector<E> *>(raw)[i];
+#pragma unroll
+                    for (int k = 0; k < PIECE; ++k) values[k] = widen(piece.at[k]);
+                }
+                store_floats(tile + i * PIECE, values);
             }
-            tile[i] = value;
+        } else {
+            for (int i = first; i < SIZE; i += THREADS) {
+                int token = i / F::WIDTH, k = i % F::WIDTH;
+                float value = 0.0f;
+                if (start + token < at.end && k < n) {
+                    const char *source = from + (start + token) * step;
+                    value = wide ? reinterpret_cast<const float *>(source)[k] : widen(reinterpret_cast<const E *>(source)[k]);
+                }
+                tile[i] = value;
+            }
         }
     }
 };
 
 // What a lane knows of its channels.
-template <int SPLIT> struct Lane {
-    int pair, part, channel, live; // pair of channels in the block, part of the state, first channel, live channels
-    __device__ Lane(const Place<SPLIT> &at) {
-        pair = threadIdx.x / SPLIT;
-        part = threadIdx.x % SPLIT;
-        channel = at.first + pair * PAIR;
-        live = max(0, min(PAIR, at.count - pair * PAIR));
+template <typename F> struct Lane {
+    int own, part, channel, live; // place among the block's lanes of a part, part of the state, first channel, live channels
+    __device__ Lane(const Place<F> &at) {
+        own = threadIdx.x / LANES * F::OWNERS + threadIdx.x % F::OWNERS;
+        part = threadIdx.x % LANES / F::OWNERS;
+        channel = at.first + own * F::PER;
+        live = at.count - own * F::PER;
     }
     // This lane's part of row `channel + k` of a [.., D, N] tensor; zero where there is none.
-    __device__ void load(float (&to)[PAIR][STATES], const float *from, int n, float scale) const {
+    __device__ void load(typename F::States &to, const float *from, int n, float scale) const {
 #pragma unroll
-        for (int k = 0; k < PAIR; ++k) {
-            const float *row = from + int64_t(channel + k) * n + part * STATES;
+        for (int k = 0; k < F::PER; ++k) {
+            const float *row = from + int64_t(channel + k) * n + part * F::STATES;
 #pragma unroll
-            for (int q = 0; q < STATES; q += 4) {
-                int s = part * STATES + q;
+            for (int q = 0; q < F::STATES; q += 4) {
+                int s = part * F::STATES + q;
                 float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 if (n % 4 == 0) {
                     if (k < live && s < n) v = *reinterpret_cast<const float4 *>(row + q);
@@ -220,13 +291,13 @@ template <int SPLIT> struct Lane {
             }
         }
     }
-    __device__ void store(float *to, const float (&from)[PAIR][STATES], int n) const {
+    __device__ void store(float *to, const typename F::States &from, int n) const {
 #pragma unroll
-        for (int k = 0; k < PAIR; ++k) {
-            float *row = to + int64_t(channel + k) * n + part * STATES;
+        for (int k = 0; k < F::PER; ++k) {
+            float *row = to + int64_t(channel + k) * n + part * F::STATES;
 #pragma unroll
-            for (int q = 0; q < STATES; q += 4) {
-                int s = part * STATES + q;
+            for (int q = 0; q < F::STATES; q += 4) {
+                int s = part * F::STATES + q;
                 if (n % 4 == 0) {
                     if (k < live && s < n)
                         *reinterpret_cast<float4 *>(row + q) =
@@ -240,33 +311,3 @@ template <int SPLIT> struct Lane {
         }
     }
 };
-
-// STATES numbers of B or C at one token.
-__device__ __forceinline__ void load_states(float (&to)[STATES], const float *from) {
-    const float4 *vectors = reinterpret_cast<const float4 *>(from);
-#pragma unroll
-    for (int q = 0; q < STATES / 4; ++q) {
-        float4 v = vectors[q];
-        to[4 * q] = v.x, to[4 * q + 1] = v.y, to[4 * q + 2] = v.z, to[4 * q + 3] = v.w;
-    }
-}
-
-// Sums over the SPLIT lanes of a pair; lane part 0 has channel 0's, part SPLIT / 2 channel 1's (SPLIT 1: both).
-template <int SPLIT> __device__ __forceinline__ void sum_parts(float (&x)[PAIR], int part) {
-    if (SPLIT > 1) {
-        bool upper = part >= SPLIT / 2;
-        float sent = upper ? x[0] : x[1];
-        float own = upper ? x[1] : x[0];
-        own += __shfl_xor_sync(~0u, sent, SPLIT / 2);
-#pragma unroll
-        for (int step = SPLIT / 4; step > 0; step /= 2) own += __shfl_xor_sync(~0u, own, step);
-        x[0] = own;
-    }
-}
-// Writes what sum_parts left to the two neighbouring places `to`.
-template <int SPLIT> __device__ __forceinline__ void put_parts(float *to, const float (&x)[PAIR], int part) {
-    if (SPLIT == 1)
-        *reinterpret_cast<float2 *>(to) = make_float2(x[0], x[1]);
-    else if (part % (SPLIT > 1 ? SPLIT / 2 : 1) == 0)
-        to[part ? 1 : 0] = x[0];
-}

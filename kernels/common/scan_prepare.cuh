@@ -2,90 +2,89 @@
 #pragma once
 #include "scan.cuh"
 
-// delta after bias and softplus, and of what else is asked for (not null): delta * u, and dy (times SiLU(z) if z is not
-// null). Zero at padding and beyond the end.
-template <typename E, int SPLIT>
-__device__ void prepare(const Scan &p, const Place<SPLIT> &at, const Tile<E, SPLIT> &own, const E *u, const E *delta,
-                        const E *z, const E *dy, float *step, float *input, float *slope, const float *bias,
-                        const uint8_t *marks, int start) {
-    using T = Tile<E, SPLIT>;
-    float shift[T::WIDTH];
+// What a walk reads of a token: for the PER channels of a lane their steps delta, then their inputs. Swizzled.
+template <typename F> struct Inputs {
+    // Two tokens that eight threads share lie in other banks.
+    static constexpr int TOKEN = 2 * F::CHANNELS + (F::CHANNELS == 32 ? 8 : 0), SIZE = F::TILE * TOKEN;
+
+    // The place of a lane's channels in a token's row.
+    static __device__ __forceinline__ int place(int own) { return spot(own * 2 * F::PER); }
+    // Where channel k of a pack has its step among the pack's numbers; its input is PER further.
+    static __device__ __forceinline__ constexpr int mixed(int k) { return k / F::PER * 2 * F::PER + k % F::PER; }
+};
+
+// delta after bias and softplus, and beside it delta * u (u given) or dy (times SiLU(z) if z is given); where u is given,
+// the latter into `gradients`, unless null. Zero at padding and beyond the end.
+template <typename E, typename F>
+__device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const Tile<E, F> &own, const E *u,
+                                        const E *delta, const E *z, const E *dy, float *inputs, float *gradients,
+                                        const float *bias, const uint8_t *marks, int start) {
+    using T = Tile<E, F>;
+    constexpr int W = T::WIDTH;
+    float shift[W];
     load_floats(shift, bias + own.channel);
 #pragma unroll
     for (int v = 0; v < T::OWN; ++v) {
         if (!own.has(v)) break;
-        int i = threadIdx.x + v * THREADS, token = own.token + v * T::ROWS;
-        bool live = own.live && start + token < at.end && !(p.marks && marks[token] == PAD);
-        float d[T::WIDTH] = {}, x[T::WIDTH] = {};
-        if (!live) {
-            store_floats(step + i * T::WIDTH, d);
-            if (input) store_floats(input + i * T::WIDTH, x);
-            if (slope) store_floats(slope + i * T::WIDTH, x);
+        int token = own.token + v * T::ROWS;
+        float *to = inputs + token * Inputs<F>::TOKEN, *to_gradients = gradients + token * F::CHANNELS;
+        if (!own.live || start + token >= at.end || (p.marks && marks[token] == PAD)) {
+            float none[2 * W] = {}, no_gradients[W] = {};
+            store_swizzled(to, 2 * own.channel, none);
+            if (gradients) store_swizzled(to_gradients, own.channel, no_gradients);
             continue;
         }
-        Vector<E> dv = reinterpret_cast<const Vector<E> *>(delta)[i];
+        float d[W], g[W], mixed[2 * W];
+        auto dv = T::get(delta, v);
 #pragma unroll
-        for (int k = 0; k < T::WIDTH; ++k) d[k] = widen(dv.at[k]) + shift[k];
+        for (int k = 0; k < W; ++k) d[k] = widen(dv.at[k]) + shift[k];
         if (p.softplus)
 #pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) d[k] = softplus(d[k]);
-        store_floats(step + i * T::WIDTH, d);
-        if (input) {
-            Vector<E> uv = reinterpret_cast<const Vector<E> *>(u)[i];
+            for (int k = 0; k < W; ++k) d[k] = softplus_for<E>(d[k]);
+        if (dy) {
+            auto gv = T::get(dy, v);
 #pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) x[k] = d[k] * widen(uv.at[k]);
-            store_floats(input + i * T::WIDTH, x);
-        }
-        if (slope) {
-            Vector<E> gv = reinterpret_cast<const Vector<E> *>(dy)[i];
-#pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) x[k] = widen(gv.at[k]);
+            for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
             if (p.z.data) {
-                Vector<E> zv = reinterpret_cast<const Vector<E> *>(z)[i];
+                auto zv = T::get(z, v);
 #pragma unroll
-                for (int k = 0; k < T::WIDTH; ++k) x[k] *= silu(widen(zv.at[k]));
+                for (int k = 0; k < W; ++k) g[k] *= silu(widen(zv.at[k]));
             }
-            store_floats(slope + i * T::WIDTH, x);
+            if (gradients) store_swizzled(to_gradients, own.channel, g);
         }
+        if (u) {
+            auto uv = T::get(u, v);
+#pragma unroll
+            for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k) + F::PER] = d[k] * widen(uv.at[k]);
+        } else {
+#pragma unroll
+            for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k) + F::PER] = g[k];
+        }
+#pragma unroll
+        for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k)] = d[k];
+        store_swizzled(to, 2 * own.channel, mixed);
     }
 }
 
 // The block's marks of the tokens from `start`; padding beyond the end. Whether this thread saw a beginning.
-template <int SPLIT>
-__device__ bool load_marks(const Scan &p, const Place<SPLIT> &at, uint8_t *marks, int start) {
-    if (!p.marks || threadIdx.x >= TILE) return false;
+template <typename F>
+__device__ bool load_marks(const Scan &p, const Place<F> &at, uint8_t *marks, int start) {
+    if (!p.marks || threadIdx.x >= F::TILE) return false;
     int t = start + threadIdx.x;
     marks[threadIdx.x] = t < at.end ? p.marks[int64_t(at.row) * p.length + t] : PAD;
     return marks[threadIdx.x] == START;
 }
 
-template <int SPLIT> __device__ void load_bias(const Scan &p, const Place<SPLIT> &at, float *bias) {
-    for (int c = threadIdx.x; c < Place<SPLIT>::CHANNELS; c += THREADS)
+template <typename F> __device__ void load_bias(const Scan &p, const Place<F> &at, float *bias) {
+    for (int c = threadIdx.x; c < F::CHANNELS; c += THREADS)
         bias[c] = p.bias && c < at.count ? p.bias[at.first + c] : 0.0f;
 }
 
-// Defines the kernels NAME_E_S from FUNCTION<E, S>, with their dynamic shared memory beside them, for every element type
-// and split.
-#define SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, S)                                                               \
+// Defines the kernel NAME_E_<PER>x<STATES>x<SPLIT> from FUNCTION<E, Form>, with its dynamic shared memory beside it, for
+// BLOCKS of them on a multiprocessor.
+#define SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, P, N, S)                                                         \
     extern "C" {                                                                                                        \
-    __constant__ unsigned NAME##_##E##_##S##_memory = sizeof(MEMORY<E, S>);                                             \
+    __constant__ unsigned NAME##_##E##_##P##x##N##x##S##_memory = sizeof(MEMORY<E, Form<P, N, S>>);                     \
     }                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                       \
-        NAME##_##E##_##S(const __grid_constant__ Scan p) { FUNCTION<E, S>(p); }
-#define SCAN_SPLITS(NAME, FUNCTION, MEMORY, BLOCKS, E)                                                                  \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, 1)                                                                   \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, 2)                                                                   \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, 4)                                                                   \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, 8)                                                                   \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, 16)                                                                  \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, 32)
-#ifdef SCAN_ONLY_2
-#define SCAN_KERNELS(NAME, FUNCTION, MEMORY, BLOCKS)                                                                    \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, float, 2)                                                               \
-    SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, bf16, 2)
-#else
-#define SCAN_KERNELS(NAME, FUNCTION, MEMORY, BLOCKS)                                                                    \
-    SCAN_SPLITS(NAME, FUNCTION, MEMORY, BLOCKS, float)                                                                  \
-    SCAN_SPLITS(NAME, FUNCTION, MEMORY, BLOCKS, bf16)                                                                   \
-    SCAN_SPLITS(NAME, FUNCTION, MEMORY, BLOCKS, f16)
-#endif
+        NAME##_##E##_##P##x##N##x##S(const __grid_constant__ Scan p) { FUNCTION<E, Form<P, N, S>>(p); }

@@ -1,6 +1,6 @@
 //! Activation recomputation.
 
-use super::record::{record, storage_of};
+use super::record::{record_all, storage_of};
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor, Var};
 
 /// Runs `f` without keeping its activations: the backward pass computes them again.
@@ -27,7 +27,7 @@ where
     let outputs = f(&detached)?.iter().map(storage_of).collect::<Result<Vec<_>>>()?;
     let tracked: Vec<bool> = inputs.iter().map(|x| x.track_op()).collect();
     let parameters: Vec<Tensor> = parameters.iter().map(|p| (*p).clone()).collect();
-    record("checkpoint", &all, outputs, move |gradients| {
+    record_all("checkpoint", &all, outputs, move |gradients| {
         let leaf = |(x, &tracked): (&Tensor, &bool)| {
             if tracked { Ok(Var::from_tensor(x)?.into_inner()) } else { Ok(x.clone()) }
         };

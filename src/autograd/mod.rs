@@ -6,4 +6,4 @@ mod record;
 
 pub use backward::backward;
 pub use checkpoint::checkpoint;
-pub(crate) use record::{Gradients, record, storage_of};
+pub(crate) use record::{Gradients, record, record_all, storage_of};

@@ -29,7 +29,21 @@ type Backward = dyn Fn(&[Option<Tensor>]) -> Result<Gradients> + Send + Sync;
 /// * `outputs`: the results, already computed. `backward` gets as many gradients, `None` where an output was not used.
 ///
 /// With no tracked input the outputs come back as plain tensors and `backward` is dropped.
-pub(crate) fn record(
+pub(crate) fn record<const N: usize>(
+    name: &'static str,
+    inputs: &[&Tensor],
+    outputs: [(Storage, Shape); N],
+    backward: impl Fn([Option<&Tensor>; N]) -> Result<Gradients> + Send + Sync + 'static,
+) -> Result<[Tensor; N]> {
+    let outputs = record_all(name, inputs, outputs.into(), move |gradients| {
+        backward(std::array::from_fn(|i| gradients.get(i)?.as_ref()))
+    })?;
+    let count = |outputs: Vec<Tensor>| candle_core::Error::msg(format!("{name}: {} outputs", outputs.len()));
+    outputs.try_into().map_err(count)
+}
+
+/// [`record`] for a number of outputs that is not known beforehand.
+pub(crate) fn record_all(
     name: &'static str,
     inputs: &[&Tensor],
     outputs: Vec<(Storage, Shape)>,

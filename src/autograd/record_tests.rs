@@ -15,7 +15,7 @@ fn squares(inputs: &[&Tensor], outputs: usize) -> Result<Vec<Tensor>> {
         Ok::<_, candle_core::Error>(sum)
     };
     let results = (0..outputs).map(|j| storage_of(&forward(&detached, j)?)).collect::<Result<Vec<_>>>()?;
-    record("squares", inputs, results, move |gradients| {
+    record_all("squares", inputs, results, move |gradients| {
         assert_eq!(gradients.len(), outputs);
         let gradient = |(i, x): (usize, &Tensor)| {
             let mut sum = x.zeros_like()?;
@@ -153,7 +153,7 @@ fn a_wrong_gradient_is_an_error() {
     let x = var(1);
     let fails = |gradients: fn(&Tensor) -> Gradients| {
         let one = storage_of(&x.detach()).unwrap();
-        let y = record("wrong", &[&x], vec![one], move |g| Ok(gradients(g[0].as_ref().unwrap()))).unwrap();
+        let y = record("wrong", &[&x], [one], move |[g]| Ok(gradients(g.unwrap()))).unwrap();
         y[0].sum_all().unwrap().backward().unwrap_err().to_string()
     };
     assert!(fails(|g| vec![Some(g.narrow(0, 0, 2).unwrap())]).contains("wrong: gradient 0"));
@@ -167,7 +167,7 @@ fn no_gradient_is_zero() {
     let x = var(1);
     let inner = x.affine(3.0, 0.0).unwrap();
     let one = storage_of(&x.detach()).unwrap();
-    let y = record("none", &[&inner], vec![one], |_| Ok(vec![None])).unwrap();
+    let y = record("none", &[&inner], [one], |_| Ok(vec![None])).unwrap();
     let gradients = y[0].sum_all().unwrap().backward().unwrap();
     assert_eq!(gradients.get(&x).unwrap().to_vec1::<f64>().unwrap(), [0.0; 5]);
 }

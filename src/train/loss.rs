@@ -100,16 +100,16 @@ fn recorded<E: Element>(logits: &Tensor, targets: Vec<u32>, vocabulary: usize) -
         _ => CpuStorage::F32(vec![total as f32]),
     };
     let (log_sums, targets) = (Arc::new(log_sums), Arc::new(targets));
-    let outputs = vec![(Storage::Cpu(scalar), Shape::from(()))];
-    let recorded = autograd::record("cross_entropy", &[logits], outputs, move |gradients| {
-        let Some(gradient) = &gradients[0] else { return Ok(vec![None]) };
+    let outputs = [(Storage::Cpu(scalar), Shape::from(()))];
+    let [loss] = autograd::record("cross_entropy", &[logits], outputs, move |[gradient]| {
+        let Some(gradient) = gradient else { return Ok(vec![None]) };
         let scale = gradient.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         let held = Held::new(&rows);
         let data = kernels::softmax_less_target::<E>(held.rows()?, &log_sums, &targets, scale);
         let plain = candle_core::op::BackpropOp::none();
         Ok(vec![Some(Tensor::from_storage(Storage::Cpu(storage(data)), shape.clone(), plain, false))])
     })?;
-    Ok(recorded.into_iter().next().ok_or_else(|| candle_core::Error::msg("cross_entropy: no output"))?)
+    Ok(loss)
 }
 
 /// The same in tensor operations, for other devices.

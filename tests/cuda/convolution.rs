@@ -79,3 +79,21 @@ fn single_steps_are_the_whole() {
     assert_eq!(bits(&cpu(&Tensor::cat(&steps, 1).unwrap())), bits(&cpu(&whole)));
     assert_eq!(bits(&cpu(&state)), bits(&cpu(&last)));
 }
+
+#[test]
+fn no_memory_is_an_error_with_the_operators_name_and_shape() {
+    let Some(device) = gpu() else { return };
+    // one row that counts as 2^26 tokens: its result would take a terabyte
+    let row = Tensor::zeros((1, 1, 4096), DType::F32, &device).unwrap();
+    let weight = Tensor::ones((4096, 4), DType::F32, &device).unwrap();
+    let run = |x: &Tensor| {
+        let args =
+            CausalConv1d { x, weight: &weight, bias: None, silu: false, initial_state: None, segments: None };
+        causal_conv1d(&args)
+    };
+    let error = run(&row.broadcast_as((1, 1 << 26, 4096)).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("causal_conv1d of [1, 67108864, 4096]"), "{error}");
+    assert!(error.contains("1099511627776 bytes"), "{error}");
+    // and the device goes on
+    assert_eq!(values(&run(&row).unwrap().0), vec![0.0; 4096]);
+}

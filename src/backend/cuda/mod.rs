@@ -19,6 +19,14 @@ pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_str
 use candle_core::cuda_backend::CudaError;
 use candle_core::cuda_backend::cudarc::driver::DriverError;
 
+/// `result`; an error of candle or of the driver (no memory, a lost device) with what was being done.
+pub(crate) fn within<T>(what: impl FnOnce() -> String, result: crate::Result<T>) -> crate::Result<T> {
+    result.map_err(|error| match error {
+        crate::Error::Candle(error) => crate::Error::Candle(error.context(what())),
+        named => named,
+    })
+}
+
 /// The driver's error with what was being done.
 pub(crate) fn failed(what: &str, error: DriverError) -> crate::Error {
     let error = CudaError::Load { cuda: error, module_name: what.to_string() };

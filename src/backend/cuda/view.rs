@@ -94,7 +94,9 @@ impl<E: Element> Buffer<E> {
     /// Room for `length >= 1` elements.
     pub(crate) fn new(device: &CudaDevice, length: usize) -> Result<Self> {
         // SAFETY: the kernel it is made for writes every element before any is read.
-        Ok(Self { slice: unsafe { device.alloc::<E>(length.max(1))? } })
+        let slice = unsafe { device.alloc::<E>(length.max(1)) };
+        let wanted = || format!("asking the device for {} bytes", length * size_of::<E>());
+        Ok(Self { slice: slice.map_err(|error| error.context(wanted()))? })
     }
 
     /// Where its first element lies.

@@ -110,13 +110,13 @@ pub(super) fn on_cpu(function: Function, x: &Tensor, z: Option<&Tensor>) -> Resu
     let mut inputs = vec![x];
     inputs.extend(z);
     let (saved, saved_z) = (x.detach(), z.map(Tensor::detach));
-    let outputs = record(function.name(), &inputs, vec![(y, x.shape().clone())], move |gradients| {
+    let [y] = record(function.name(), &inputs, [(y, x.shape().clone())], move |[dy]| {
         let count = 1 + usize::from(saved_z.is_some());
-        let Some(Some(dy)) = gradients.first() else { return Ok(vec![None; count]) };
+        let Some(dy) = dy else { return Ok(vec![None; count]) };
         let gradients = backward(function, &saved, saved_z.as_ref(), dy)?;
         Ok(gradients.into_iter().map(Some).collect())
     })?;
-    outputs.into_iter().next().ok_or_else(|| Error::value(function.name(), "a result", "none"))
+    Ok(y)
 }
 
 type Forward = fn(Function, &Tensor, Option<&Tensor>) -> Result<Storage>;

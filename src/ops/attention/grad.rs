@@ -40,11 +40,11 @@ fn typed<E: Element>(args: &Attention, sizes: Sizes) -> Result<Tensor> {
     }
     let y = tensor(y, shape);
     let copy = crate::autograd::storage_of(&y)?;
-    let recorded = record("attention", &inputs, vec![copy], move |gradients| {
-        let Some(Some(dy)) = gradients.first() else { return Ok(vec![None; 3]) };
+    let [recorded] = record("attention", &inputs, [copy], move |[dy]| {
+        let Some(dy) = dy else { return Ok(vec![None; 3]) };
         Ok(saved.backward::<E>(&y, &logs, dy)?)
     })?;
-    recorded.into_iter().next().ok_or_else(|| Error::value("attention", "a result", "none"))
+    Ok(recorded)
 }
 
 /// The arguments, detached.

@@ -34,7 +34,7 @@ macro_rules! with_taps {
 pub(super) use with_taps;
 
 /// Output and final state, for `x` on the CPU.
-pub(super) fn forward(args: &CausalConv1d, sizes: Sizes) -> Result<Vec<(Storage, Shape)>> {
+pub(super) fn forward(args: &CausalConv1d, sizes: Sizes) -> Result<[(Storage, Shape); 2]> {
     use candle_core::DType;
     match args.x.dtype() {
         DType::F32 => typed::<f32>(args, sizes),
@@ -220,7 +220,7 @@ impl<T: Real, E: Element<Real = T>> Forward<'_, E> {
     }
 }
 
-fn typed<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Vec<(Storage, Shape)>> {
+fn typed<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<[(Storage, Shape); 2]> {
     let Sizes { batch, length, channels, taps } = sizes;
     let x = with_unit_stride(args.x)?;
     let x = Held::new(&x);
@@ -249,7 +249,7 @@ fn typed<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Vec<(Storage, 
             }
         }
     }
-    Ok(vec![
+    Ok([
         (Storage::Cpu(storage(y)), (batch, length, channels).into()),
         (Storage::Cpu(storage(state)), (batch, channels, taps - 1).into()),
     ])

@@ -4,7 +4,7 @@ use super::{CausalConv1d, Sizes};
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
     Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
-    with_unit_stride,
+    with_unit_stride, within,
 };
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
@@ -90,10 +90,17 @@ struct Call {
     taps: i32,
     strip: i32,
     silu: i32,
+    wide_weight: i32,
+    wide_bias: i32,
 }
 
 /// Output and final state, tracked; `None` where no kernel takes the call.
 pub(super) fn on_cuda(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
+    let what = || format!("causal_conv1d of {:?}, K = {}", args.x.dims(), sizes.taps);
+    within(what, filtered(args, sizes))
+}
+
+fn filtered(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let f64s = [Some(args.weight), args.bias, args.initial_state].into_iter().flatten();
     if f64s.into_iter().any(|x| x.dtype() == DType::F64) {
         return Ok(None);
@@ -106,7 +113,7 @@ pub(super) fn on_cuda(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tenso
     }
 }
 
-/// The arguments, detached: `x` with unit stride, the rest contiguous in f32.
+/// The arguments, detached: `x` with unit stride; weight and bias contiguous, in f32 or the dtype of `x`; the state in f32.
 struct Saved {
     x: Tensor,
     weight: Tensor,
@@ -129,10 +136,11 @@ fn strided(x: &Tensor) -> Result<Tensor> {
 impl Saved {
     fn new(args: &CausalConv1d, sizes: Sizes) -> Result<Self> {
         let wide = |x: &Tensor| x.detach().to_dtype(DType::F32)?.contiguous();
+        let own = |x: &Tensor| if x.dtype() == args.x.dtype() { x.detach().contiguous() } else { wide(x) };
         Ok(Self {
             x: strided(args.x)?,
-            weight: wide(args.weight)?,
-            bias: args.bias.map(wide).transpose()?,
+            weight: own(args.weight)?,
+            bias: args.bias.map(own).transpose()?,
             initial_state: args.initial_state.map(wide).transpose()?,
             marks: args.segments.map(|segments| segments.marks(args.x.device())).transpose()?,
             silu: args.silu,
@@ -190,6 +198,8 @@ impl Saved {
             taps: self.sizes.taps as i32,
             strip: plan.strip as i32,
             silu: self.silu as i32,
+            wide_weight: (self.weight.dtype() == DType::F32) as i32,
+            wide_bias: self.bias.as_ref().is_some_and(|bias| bias.dtype() == DType::F32) as i32,
             ..Call::default()
         })
     }
@@ -308,21 +318,18 @@ fn recorded<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Ten
     let mut inputs = vec![args.x, args.weight];
     inputs.extend([args.bias, args.initial_state].into_iter().flatten());
     let dtypes: Vec<DType> = inputs.iter().map(|x| x.dtype()).collect();
-    let outputs = vec![
+    let outputs = [
         (y.storage(&device), args.x.shape().clone()),
         (last.storage(&device), (sizes.batch, sizes.channels, sizes.taps - 1).into()),
     ];
-    let outputs = record("causal_conv1d", &inputs, outputs, move |gradients| {
-        let [dy, dfinal] = gradients else { candle_core::bail!("causal_conv1d: expected two gradients") };
-        let gradients = saved.backward::<E>(dy.as_ref(), dfinal.as_ref())?;
+    let [y, state] = record("causal_conv1d", &inputs, outputs, move |[dy, dfinal]| {
+        let what = || format!("causal_conv1d of {:?}, backward", saved.x.dims());
+        let gradients = within(what, saved.backward::<E>(dy, dfinal))?;
         let own =
             |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()
     })?;
-    match <[Tensor; 2]>::try_from(outputs) {
-        Ok([y, state]) => Ok(Some((y, state))),
-        Err(other) => Err(Error::value("causal_conv1d: outputs", "2", other.len())),
-    }
+    Ok(Some((y, state)))
 }
 
 #[cfg(test)]

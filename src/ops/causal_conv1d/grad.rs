@@ -14,12 +14,12 @@
 use super::cpu::{self, Input, Parameters, Problem, transpose, transposed, with_taps};
 use super::plan::{self, Sequence, Task, Tile};
 use super::{CausalConv1d, Segments, Sizes};
+use crate::Result;
 use crate::autograd::{Gradients, record};
 use crate::backend::cpu::math::{sigmoid, silu_grad};
 use crate::backend::cpu::parallel;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd, dispatch};
 use crate::backend::cpu::view::{Held, Outlet, Rows, load, store, tensor, with_unit_stride};
-use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
@@ -41,11 +41,9 @@ pub(super) fn recorded(args: &CausalConv1d, sizes: Sizes) -> Result<(Tensor, Ten
         silu: args.silu,
         sizes,
     };
-    let mut outputs = record("causal_conv1d", &inputs, outputs, move |g| Ok(saved.backward(g)?))?.into_iter();
-    match (outputs.next(), outputs.next()) {
-        (Some(y), Some(state)) => Ok((y, state)),
-        _ => Err(Error::value("causal_conv1d", "two results", "fewer")),
-    }
+    let [y, state] =
+        record("causal_conv1d", &inputs, outputs, move |gradients| Ok(saved.backward(gradients)?))?;
+    Ok((y, state))
 }
 
 /// What the backward pass needs.
@@ -60,7 +58,7 @@ struct Saved {
 }
 
 impl Saved {
-    fn backward(&self, gradients: &[Option<Tensor>]) -> Result<Gradients> {
+    fn backward(&self, gradients: [Option<&Tensor>; 2]) -> Result<Gradients> {
         match self.x.dtype() {
             DType::F64 => self.typed::<f64>(gradients),
             DType::BF16 => self.typed::<bf16>(gradients),
@@ -69,7 +67,7 @@ impl Saved {
         }
     }
 
-    fn typed<E: Element>(&self, gradients: &[Option<Tensor>]) -> Result<Gradients> {
+    fn typed<E: Element>(&self, [dy, dfinal]: [Option<&Tensor>; 2]) -> Result<Gradients> {
         let Sizes { batch, length, channels, taps } = self.sizes;
         let args = CausalConv1d {
             x: &self.x,
@@ -80,11 +78,11 @@ impl Saved {
             segments: self.segments.as_ref(),
         };
         let x = with_unit_stride(&self.x)?;
-        let dy = match &gradients[0] {
+        let dy = match dy {
             Some(dy) => with_unit_stride(dy)?,
             None => x.zeros_like()?,
         };
-        let final_state = match &gradients[1] {
+        let final_state = match dfinal {
             Some(gradient) => Some(transposed::<E::Real>(gradient, channels, taps - 1)?),
             None => None,
         };

@@ -23,12 +23,11 @@ pub(super) fn recorded(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes
     inputs.extend(bias);
     let wanted: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
     let (saved_x, saved_weight) = (x.detach(), weight.detach());
-    let outputs = vec![(y, output_shape(x, sizes.outputs))];
-    let outputs = record("linear", &inputs, outputs, move |gradients| {
-        let Some(Some(dy)) = gradients.first() else { return Ok(vec![None; wanted.len()]) };
+    let [y] = record("linear", &inputs, [(y, output_shape(x, sizes.outputs))], move |[dy]| {
+        let Some(dy) = dy else { return Ok(vec![None; wanted.len()]) };
         Ok(backward(dy, &saved_x, &saved_weight, &wanted)?)
     })?;
-    outputs.into_iter().next().ok_or_else(|| Error::value("linear", "a result", "none"))
+    Ok(y)
 }
 
 type Forward = fn(&Tensor, &Tensor, Option<&Tensor>, Sizes) -> Result<Storage>;

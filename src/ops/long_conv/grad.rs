@@ -98,12 +98,11 @@ fn typed<E: Element>(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> 
         isa,
         sizes,
     };
-    let outputs = vec![(Storage::Cpu(storage(y)), shape.into())];
-    let mut recorded = record("long_conv", &inputs, outputs, move |gradients| {
-        let [Some(dy)] = gradients else { candle_core::bail!("long_conv: expected one gradient") };
+    let [y] = record("long_conv", &inputs, [(Storage::Cpu(storage(y)), shape.into())], move |[dy]| {
+        let Some(dy) = dy else { candle_core::bail!("long_conv: expected a gradient") };
         Ok(saved.backward(dy)?)
     })?;
-    recorded.pop().ok_or_else(|| Error::value("long_conv: outputs", "1", 0))
+    Ok(y)
 }
 
 /// The arguments, detached, for the backward pass, and the filter's transform if it is kept anyway.

@@ -67,8 +67,7 @@ fn typed<E: Element>(args: &Arguments) -> Result<(Tensor, Tensor)> {
     if !tracked {
         return Ok((tensor(y, y_shape), tensor(state, state_shape)));
     }
-    let outputs =
-        vec![(Storage::Cpu(storage(y)), y_shape), (Storage::Cpu(storage(state)), state_shape.into())];
+    let outputs = [(Storage::Cpu(storage(y)), y_shape), (Storage::Cpu(storage(state)), state_shape.into())];
     drop(held);
     let saved = Saved {
         u: u.detach(),
@@ -80,14 +79,9 @@ fn typed<E: Element>(args: &Arguments) -> Result<(Tensor, Tensor)> {
         sizes,
         kept,
     };
-    let recorded = record("modal_conv", &inputs, outputs, move |gradients| {
-        let [dy, dstate] = gradients else { candle_core::bail!("modal_conv: expected two gradients") };
-        Ok(saved.backward::<E>(dy.as_ref(), dstate.as_ref())?)
-    })?;
-    match <[Tensor; 2]>::try_from(recorded) {
-        Ok([y, state]) => Ok((y, state)),
-        Err(other) => Err(Error::value("modal_conv: outputs", "2", other.len())),
-    }
+    let [y, state] =
+        record("modal_conv", &inputs, outputs, move |[dy, dstate]| Ok(saved.backward::<E>(dy, dstate)?))?;
+    Ok((y, state))
 }
 
 /// What the backward pass needs.

@@ -1,10 +1,10 @@
 //! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`.
 
 use super::{Norm, NormInput, NormKind};
-use crate::autograd::{Gradients, record};
+use crate::autograd::{Gradients, record_all};
 use crate::backend::cuda::{
     Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
-    with_unit_stride,
+    with_unit_stride, within,
 };
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
@@ -101,7 +101,7 @@ pub(super) fn on_cuda(
     if rows == 0 || rows > i32::MAX as usize {
         return Ok(None);
     }
-    run(name, input, norm, group)
+    within(|| format!("{name} of {:?}", input.x.dims()), run(name, input, norm, group))
 }
 
 /// The arguments, detached: sequences whose rows lie in two steps, parameters in f32.
@@ -361,10 +361,11 @@ fn recorded<E: Element, R: Element>(
     let dtypes: Vec<DType> = inputs.iter().map(|x| x.dtype()).collect();
     let mut outputs = vec![(y.storage(&device), shape.clone())];
     outputs.extend(sum.map(|sum| (sum.storage(&device), shape.clone())));
-    let outputs = record(name, &inputs, outputs, move |gradients| {
+    let outputs = record_all(name, &inputs, outputs, move |gradients| {
         let dsum = gradients.get(1).and_then(Option::as_ref);
         let dy = gradients.first().and_then(Option::as_ref);
-        let gradients = saved.backward::<E, R>(dy, dsum)?;
+        let what = || format!("{name} of {:?}, backward", saved.x.dims());
+        let gradients = within(what, saved.backward::<E, R>(dy, dsum))?;
         let own =
             |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()

@@ -17,7 +17,7 @@
 
 use super::cpu::{Prepared, Problem};
 use super::{Norm, NormInput, NormKind};
-use crate::autograd::{Gradients, record};
+use crate::autograd::{Gradients, record_all};
 use crate::backend::cpu::math::{sigmoid, silu_grad};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::{
@@ -64,7 +64,7 @@ fn typed<E: Element, R: Element<Real = E::Real>>(
     let mut outputs = vec![(Storage::Cpu(storage(y)), shape.clone())];
     outputs.extend(sum.map(|sum| (Storage::Cpu(storage(sum)), shape.clone())));
     let saved = Saved::new(input, norm, group);
-    let outputs = record(name, &inputs, outputs, move |gradients| {
+    let outputs = record_all(name, &inputs, outputs, move |gradients| {
         let (dy, dsum) = (gradients.first().cloned().flatten(), gradients.get(1).cloned().flatten());
         Ok(saved.backward::<E, R>(dy, dsum)?)
     })?;

@@ -42,16 +42,12 @@ fn typed<T: Real>(args: &Retention, sizes: Sizes, isa: Isa) -> Result<(Tensor, T
         return Ok((tensor(o, o_shape), tensor(state, state_shape)));
     }
     let outputs =
-        vec![(Storage::Cpu(storage(o)), o_shape.into()), (Storage::Cpu(storage(state)), state_shape.into())];
+        [(Storage::Cpu(storage(o)), o_shape.into()), (Storage::Cpu(storage(state)), state_shape.into())];
     let saved = Saved::new(args);
-    let recorded = record("retention", &inputs, outputs, move |gradients| {
-        let [o, state] = gradients else { candle_core::bail!("retention: expected two gradients") };
-        Ok(saved.backward::<T>(sizes, isa, &kept, o.as_ref(), state.as_ref())?)
+    let [o, state] = record("retention", &inputs, outputs, move |[o, state]| {
+        Ok(saved.backward::<T>(sizes, isa, &kept, o, state)?)
     })?;
-    match <[Tensor; 2]>::try_from(recorded) {
-        Ok([o, state]) => Ok((o, state)),
-        Err(other) => Err(Error::value("retention: outputs", "2", other.len())),
-    }
+    Ok((o, state))
 }
 
 /// The arguments, detached, for the backward pass.

@@ -26,13 +26,13 @@ pub(super) fn on_cpu(args: &Rotary) -> Result<Tensor> {
     let turn = Turn { cos, sin, pairs, tokens, style: args.style };
     let y = turn.apply(args.x)?;
     let back = Turn { sin: turn.sin.iter().map(|s| -s).collect(), ..turn };
-    let outputs = record("rotary", &[args.x], vec![(y, args.x.shape().clone())], move |gradients| {
-        let Some(Some(dy)) = gradients.first() else { return Ok(vec![None]) };
+    let [y] = record("rotary", &[args.x], [(y, args.x.shape().clone())], move |[dy]| {
+        let Some(dy) = dy else { return Ok(vec![None]) };
         let dx = back.apply(dy)?;
         let none = candle_core::op::BackpropOp::none();
         Ok(vec![Some(Tensor::from_storage(dx, dy.shape().clone(), none, false))])
     })?;
-    outputs.into_iter().next().ok_or_else(|| Error::value("rotary", "a result", "none"))
+    Ok(y)
 }
 
 impl Turn {

@@ -39,16 +39,12 @@ fn typed<E: Element>(args: &SelectiveScan, sizes: Sizes, isa: Isa) -> Result<(Te
     }
     let Scanned { y, state, kept } = forward::<E>(args, sizes, isa, true)?;
     let outputs =
-        vec![(Storage::Cpu(storage(y)), y_shape.into()), (Storage::Cpu(storage(state)), state_shape.into())];
+        [(Storage::Cpu(storage(y)), y_shape.into()), (Storage::Cpu(storage(state)), state_shape.into())];
     let saved = Saved::new(args);
-    let recorded = record("selective_scan", &inputs, outputs, move |gradients| {
-        let [dy, dstate] = gradients else { candle_core::bail!("selective_scan: expected two gradients") };
-        Ok(saved.backward::<E>(sizes, isa, &kept, dy.as_ref(), dstate.as_ref())?)
+    let [y, state] = record("selective_scan", &inputs, outputs, move |[dy, dstate]| {
+        Ok(saved.backward::<E>(sizes, isa, &kept, dy, dstate)?)
     })?;
-    match <[Tensor; 2]>::try_from(recorded) {
-        Ok([y, state]) => Ok((y, state)),
-        Err(other) => Err(Error::value("selective_scan: outputs", "2", other.len())),
-    }
+    Ok((y, state))
 }
 
 fn forward<E: Element>(args: &SelectiveScan, sizes: Sizes, isa: Isa, keep: bool) -> Result<Scanned<E>> {

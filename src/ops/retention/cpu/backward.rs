@@ -218,7 +218,7 @@ impl<T: Real> Kernel<T> for Back<'_, T> {
                     }
                     (false, None) => None,
                 };
-                self.piece(s, task, weights, piece, state, after, &mut scratch);
+                self.piece(s, (task, piece), weights, state, after, &mut scratch);
             }
         }
         for (task, (after, ..)) in self.tasks.iter().zip(&walks).filter(|(task, _)| task.stretch.first) {
@@ -237,9 +237,8 @@ impl<T: Real> Back<'_, T> {
     fn piece<S: Simd<T>>(
         &self,
         s: S,
-        task: [usize; 2],
+        (task, piece): ([usize; 2], &Piece),
         weights: &Weights<T>,
-        piece: &Piece,
         state: &Padded<T>,
         gradient: &mut Gradient<T>,
         scratch: &mut Scratch<T>,

@@ -163,7 +163,7 @@ impl<'a, T: Real> Operands<'a, T> {
         let heads = self.sizes.heads;
         let fit = STATES / (self.state_size() * size_of::<T>()).max(1);
         let share = self.sizes.batch * heads / rayon::current_num_threads();
-        (1..=fit.min(share).clamp(1, heads)).rev().find(|n| heads % n == 0).unwrap_or(1)
+        (1..=fit.min(share).clamp(1, heads)).rev().find(|&n| heads.is_multiple_of(n)).unwrap_or(1)
     }
 
     /// A state or its gradient.

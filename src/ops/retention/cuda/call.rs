@@ -188,9 +188,9 @@ impl<E: Element> Results<E> {
     }
 
     /// The same for a graph.
-    pub(super) fn storages(self) -> Vec<(Storage, Shape)> {
+    pub(super) fn storages(self) -> [(Storage, Shape); 2] {
         let (o, state) = (self.o.storage(&self.device), self.state.storage(&self.device));
-        vec![(o, self.o_shape.into()), (state, self.state_shape.into())]
+        [(o, self.o_shape.into()), (state, self.state_shape.into())]
     }
 }
 

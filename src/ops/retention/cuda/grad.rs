@@ -3,10 +3,10 @@
 use super::call::{Decays, Walk};
 use super::decay::DecayGradient;
 use super::plan;
+use crate::Result;
 use crate::autograd::{Gradients, record, storage_of};
-use crate::backend::cuda::{Element, contiguous, with_unit_stride};
+use crate::backend::cuda::{Element, contiguous, with_unit_stride, within};
 use crate::ops::retention::{Retention, Sizes};
-use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// Retention of unified arguments in segments of so many tokens.
@@ -34,18 +34,15 @@ pub(super) fn recorded<E: Element>(
     let (outputs, o) = match saved.learns_decay {
         true => {
             let [o, state] = results.tensors();
-            (vec![storage_of(&o)?, storage_of(&state)?], Some(o))
+            ([storage_of(&o)?, storage_of(&state)?], Some(o))
         }
         false => (results.storages(), None),
     };
-    let recorded = record("retention", &inputs, outputs, move |gradients| {
-        let [d, dstate] = gradients else { candle_core::bail!("retention: expected two gradients") };
-        Ok(saved.backward::<E>(states.as_ref(), o.as_ref(), d.as_ref(), dstate.as_ref())?)
+    let [y, state] = record("retention", &inputs, outputs, move |[d, dstate]| {
+        let what = || format!("retention of q {:?}, v {:?}, backward", saved.q.dims(), saved.v.dims());
+        Ok(within(what, saved.backward::<E>(states.as_ref(), o.as_ref(), d, dstate))?)
     })?;
-    match <[Tensor; 2]>::try_from(recorded) {
-        Ok([o, state]) => Ok((o, state)),
-        Err(other) => Err(Error::value("retention: outputs", "2", other.len())),
-    }
+    Ok((y, state))
 }
 
 /// The arguments, detached: sequences with unit stride, the rest contiguous.

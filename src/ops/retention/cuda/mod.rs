@@ -18,12 +18,17 @@ mod plan;
 
 use super::{Retention, Sizes};
 use crate::Result;
-use crate::backend::cuda::{device_of, multiprocessors};
+use crate::backend::cuda::{device_of, multiprocessors, within};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
 /// Retention of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
+    let what = || format!("retention of q {:?}, v {:?}", args.q.dims(), args.v.dims());
+    within(what, retained(args, sizes))
+}
+
+fn retained(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let own = args.q.dtype();
     let sequences = [args.q, args.k, args.v];
     let mut all = sequences.into_iter().chain([args.log_decay]).chain(args.initial_state);

@@ -190,7 +190,7 @@ impl Launcher<'_> {
         scan: Scan,
         chunks: usize,
     ) -> Result<()> {
-        let kernel = format!("{name}_{}_{}", E::NAME, self.plan.split);
+        let kernel = format!("{name}_{}_{}", E::NAME, self.plan.kernel());
         let grid = [self.plan.columns(), self.sizes.batch, chunks];
         // SAFETY: the kernel takes one `Scan`; the caller vouches for what it points at.
         unsafe { self.launch(module, &kernel, grid, true).run(&[&Packed(scan)]) }

@@ -1,8 +1,8 @@
 //! The forward pass.
 
 use super::call::{Launcher, Locks, contiguous};
-use super::plan::{Step, TILE, step};
-use super::{Plan, Prepared, name};
+use super::plan::{KEPT, Step, step};
+use super::{Plans, Prepared, name};
 use crate::Result;
 use crate::backend::cuda::{Buffer, Element, Guards, Module, Packed, device_of};
 use crate::ops::selective_scan::Sizes;
@@ -13,17 +13,18 @@ pub(super) struct Scanned<E: Element> {
     pub(super) y: Buffer<E>,
     /// `[B, D, N]`
     pub(super) state: Buffer<f32>,
-    /// The states before every tile, `[B, tiles, D, N]`, where asked for.
+    /// The states before every 16 tokens, `[B, L / 16, D, N]`, where asked for.
     pub(super) kept: Option<Buffer<f32>>,
 }
 
-/// Scans; keeps the states before the tiles where asked.
+/// Scans; keeps states for the way back where asked.
 pub(super) fn forward<E: Element>(
     prepared: &Prepared,
     sizes: &Sizes,
-    plan: &Plan,
+    plans: &Plans,
     keep: bool,
 ) -> Result<Scanned<E>> {
+    let plan = if prepared.aligned(plans.aligned.part) { &plans.aligned } else { &plans.forward };
     let Sizes { batch, length, channels, states, .. } = *sizes;
     let device = &device_of(&prepared.u)?;
     let stream = device.cuda_stream();
@@ -31,7 +32,7 @@ pub(super) fn forward<E: Element>(
     let mut y = Buffer::<E>::new(device, batch * length * channels)?;
     let mut state = Buffer::<f32>::new(device, numbers)?;
     let mut kept = match keep {
-        true => Some(Buffer::<f32>::new(device, numbers * length.div_ceil(TILE))?),
+        true => Some(Buffer::<f32>::new(device, numbers * length.div_ceil(KEPT))?),
         false => None,
     };
     let cut = plan.chunks > 1;

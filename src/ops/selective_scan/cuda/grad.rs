@@ -2,14 +2,14 @@
 
 use super::call::{Launcher, Locks, contiguous};
 use super::forward::{Scanned, forward};
-use super::plan::{THREADS, TILE};
+use super::plan::{KEPT, THREADS};
 use super::{Plan, Plans, Prepared, name};
+use crate::Result;
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
-    self, Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride,
+    self, Argument, Buffer, Element, Guards, Held, Module, device_of, with_unit_stride, within,
 };
 use crate::ops::selective_scan::{SelectiveScan, Sizes};
-use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// The scan of unified arguments.
@@ -24,23 +24,20 @@ pub(super) fn recorded<E: Element>(
     let keep = inputs.iter().any(|x| x.track_op());
     let device = device_of(args.u)?;
     let prepared = Prepared::new(args)?.detached();
-    let Scanned { y, state, kept } = forward::<E>(&prepared, &sizes, &plans.forward, keep)?;
+    let Scanned { y, state, kept } = forward::<E>(&prepared, &sizes, &plans, keep)?;
     let y_shape = (sizes.batch, sizes.length, sizes.channels);
     let state_shape = (sizes.batch, sizes.channels, sizes.states);
     let Some(kept) = kept else {
         return Ok((y.tensor(&device, y_shape), state.tensor(&device, state_shape)));
     };
-    let tiles = sizes.length.div_ceil(TILE);
+    let tiles = sizes.length.div_ceil(KEPT);
     let kept = kept.tensor(&device, (sizes.batch, tiles, sizes.channels, sizes.states));
-    let outputs = vec![(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
-    let recorded = record("selective_scan", &inputs, outputs, move |gradients| {
-        let [dy, dstate] = gradients else { candle_core::bail!("selective_scan: expected two gradients") };
-        Ok(backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy.as_ref(), dstate.as_ref())?)
+    let outputs = [(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
+    let [y, state] = record("selective_scan", &inputs, outputs, move |[dy, dstate]| {
+        let gradients = backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy, dstate);
+        Ok(within(|| name(&sizes) + ", backward", gradients)?)
     })?;
-    match <[Tensor; 2]>::try_from(recorded) {
-        Ok([y, state]) => Ok((y, state)),
-        Err(other) => Err(Error::value("selective_scan: outputs", "2", other.len())),
-    }
+    Ok((y, state))
 }
 
 impl Prepared {

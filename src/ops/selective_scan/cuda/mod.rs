@@ -1,4 +1,5 @@
 //! The CUDA path: blocks of channels, states in registers, time cut into chunks where channels do not fill the device.
+//! How many numbers of how many channels a lane has, and how many chunks there are, `plan` finds by a model of the time.
 //!
 //! A chunk that does not begin the sequence needs the state before it: a first walk gives what every chunk hands on from
 //! a state of zero (cheap where decays soon make the past negligible), a small kernel chains these, and the chunks then
@@ -10,26 +11,26 @@ mod grad;
 mod plan;
 
 use super::{SelectiveScan, Sizes};
-use crate::backend::cuda::{contiguous, device_of, multiprocessors, with_unit_stride};
+use crate::backend::cuda::{contiguous, device_of, multiprocessors, with_unit_stride, within};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
-use plan::Plan;
+use plan::{Pass, Plan};
 
-/// Blocks of the kernels that one multiprocessor holds.
-const FORWARD_BLOCKS: usize = 4;
-const WIDE_FORWARD_BLOCKS: usize = 3;
-const BACKWARD_BLOCKS: usize = 2;
 /// Bytes that the shares of `dB` and `dC` may take.
 const MOST_SHARES: usize = 8 << 30;
 
 /// The scan of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
+    within(|| name(&sizes), scanned(args, sizes))
+}
+
+fn scanned(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let sequence = sequence_dtype(args);
     let (Some(sequence), true) = (sequence, vectors(args).all(|x| x.dtype().is_float())) else {
         return Ok(None);
     };
-    let Some(plans) = Plans::new(args, sizes, sequence)? else { return Ok(None) };
+    let Some(plans) = Plans::new(args, sizes)? else { return Ok(None) };
     let optional = |x: Option<&Tensor>, dtype| x.map(|x| x.to_dtype(dtype)).transpose();
     let coefficient = |x: &Tensor| x.to_dtype(if x.dtype() == sequence { sequence } else { DType::F32 });
     let (d, z) = (optional(args.d, DType::F32)?, optional(args.z, sequence)?);
@@ -77,19 +78,23 @@ fn vectors<'a>(args: &SelectiveScan<'a>) -> impl Iterator<Item = &'a Tensor> {
 /// The layouts of both passes.
 #[derive(Clone, Copy, Debug)]
 struct Plans {
+    aligned: Plan,
     forward: Plan,
     backward: Plan,
 }
 
 impl Plans {
-    fn new(args: &SelectiveScan, sizes: Sizes, sequence: DType) -> Result<Option<Self>> {
+    fn new(args: &SelectiveScan, sizes: Sizes) -> Result<Option<Self>> {
         let count = multiprocessors(&device_of(args.u)?)?;
-        let forward = if sequence == DType::F32 { WIDE_FORWARD_BLOCKS } else { FORWARD_BLOCKS };
-        let plan = |blocks: usize| Plan::new(&sizes, count * blocks);
-        let (Some(forward), Some(backward)) = (plan(forward), plan(BACKWARD_BLOCKS)) else { return Ok(None) };
+        let plan = |pass| Plan::new(&sizes, pass, count);
+        let (Some(aligned), Some(forward), Some(backward)) =
+            (plan(Pass::Aligned), plan(Pass::Forward), plan(Pass::Backward))
+        else {
+            return Ok(None);
+        };
         let shares = backward.columns() * sizes.batch * sizes.length * 2 * sizes.states * size_of::<f32>();
         let tracked = vectors(args).chain([args.u, args.delta]).chain(args.z).any(|x| x.track_op());
-        Ok((!tracked || shares <= MOST_SHARES).then_some(Self { forward, backward }))
+        Ok((!tracked || shares <= MOST_SHARES).then_some(Self { aligned, forward, backward }))
     }
 }
 
@@ -124,6 +129,16 @@ impl Prepared {
             marks: args.segments.map(|segments| segments.marks(args.u.device())).transpose()?,
             softplus: args.softplus,
         })
+    }
+
+    /// Whether a sequence's rows of a part of so many channels begin on 16 bytes and are whole vectors of as many.
+    fn aligned(&self, part: usize) -> bool {
+        let bytes = self.u.dtype().size_in_bytes();
+        let whole = |x: &Tensor| {
+            let places = [x.layout().start_offset(), x.stride()[0], x.stride()[1], part];
+            places.iter().all(|place| (place * bytes).is_multiple_of(16))
+        };
+        [Some(&self.u), Some(&self.delta), self.z.as_ref()].into_iter().flatten().all(whole)
     }
 
     fn args(&self) -> SelectiveScan<'_> {

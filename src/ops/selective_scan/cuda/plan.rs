@@ -2,18 +2,13 @@
 
 use super::super::Sizes;
 
-/// Numbers of a state in one lane, channels in one lane, threads of a block, tokens of a tile: as `scan.cuh` has them.
-const STATES: usize = 8;
-const PAIR: usize = 2;
+/// Threads of a block, and tokens between the states that forward keeps, as `scan.cuh` has them.
 pub(super) const THREADS: usize = 128;
-pub(super) const TILE: usize = 16;
-/// Lanes that one state may be spread over.
-const SPLITS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+pub(super) const KEPT: usize = 16;
+/// Tokens of the longest tile: chunks are whole tiles.
+const TILE: usize = 2 * KEPT;
 /// A chunk has at least as many tiles.
-const CHUNK_TILES: usize = 8;
-/// What a second, cheaper walk through a chunk costs, and how far it goes before decays make the rest negligible.
-const SUMMARY_COST: f64 = 0.7;
-const SUMMARY_TOKENS: f64 = 128.0;
+const CHUNK_TILES: usize = 4;
 /// Bounds of a grid, and of the integers that kernels count tokens with.
 const MOST_BLOCKS: usize = 65_535;
 const MOST_TOKENS: usize = (1 << 31) - 2 * TILE;
@@ -21,6 +16,8 @@ const MOST_TOKENS: usize = (1 << 31) - 2 * TILE;
 /// Up to so many tokens go through the kernel of single steps, with so many numbers of a state in a lane.
 const STEP_TOKENS: usize = 4;
 const STEP_STATES: usize = 4;
+/// Lanes that one state may be spread over.
+const SPLITS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
 /// Rows that a lane of a step takes at a time, where as many blocks are left.
 const STEP_ROWS: usize = 4;
@@ -46,11 +43,99 @@ pub(super) fn step(sizes: &Sizes) -> Option<Step> {
     (sizes.length <= STEP_TOKENS).then_some(Step { split, rows, blocks })
 }
 
+/// How the numbers of a state lie in lanes: `Form` of `scan.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Form {
+    /// Channels of a lane.
+    pub(super) per: usize,
+    /// Numbers of each of their states in a lane.
+    pub(super) states: usize,
+    /// Lanes of a state.
+    pub(super) split: usize,
+}
+
+impl Form {
+    /// The form with as few lanes to a state of `states` numbers as hold it.
+    fn holding(per: usize, own: usize, states: usize) -> Option<Self> {
+        let split = SPLITS.into_iter().find(|split| split * own >= states)?;
+        Some(Self { per, states: own, split })
+    }
+
+    /// Channels of a block.
+    fn channels(&self) -> usize {
+        THREADS / self.split * self.per
+    }
+}
+
+/// A form of a kernel, and how long a token of a block takes, in nanoseconds of an H100: `work` times the blocks of a
+/// multiprocessor, and `wait`, shared by them, that they leave it idle; `summary` is what the first walk through a chunk
+/// costs beside the second. All measured, see the kernels.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    form: Form,
+    work: f64,
+    wait: f64,
+    summary: f64,
+}
+
+impl Candidate {
+    fn token(&self, blocks: usize) -> f64 {
+        let blocks = blocks.max(1) as f64;
+        self.work * blocks + self.wait / blocks
+    }
+}
+
+/// How many tokens the first walk through a chunk goes until decays make the rest negligible (a guess: it depends on the
+/// numbers), and what the launches cost.
+const SUMMARY_TOKENS: usize = 4096;
+const SUMMARY_LAUNCHES: f64 = 5_000.0;
+/// The first walk beside the second.
+const FORWARD_SUMMARY: f64 = 0.7;
+const BACKWARD_SUMMARY: f64 = 0.1;
+/// The work for each number of a state that a block's lanes hold.
+const FORWARD_WORK: f64 = 112.0 / 2048.0;
+const BACKWARD_WORK: f64 = 260.0 / 1024.0;
+
+/// What a plan is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// The scan of sequences that are read in whole vectors.
+    Aligned,
+    /// The scan of any sequences.
+    Forward,
+    Backward,
+}
+
+impl Pass {
+    fn candidates(self, states: usize) -> Vec<Candidate> {
+        let holding = |per, own, each: f64, wait, summary| {
+            let form = Form::holding(per, own, states)?;
+            Some(Candidate { form, work: each * (THREADS * per * own) as f64, wait, summary })
+        };
+        let wide = holding(2, 8, FORWARD_WORK, 64.0, FORWARD_SUMMARY);
+        let all = match self {
+            Self::Backward => {
+                let back = |per, own| holding(per, own, BACKWARD_WORK, 100.0, BACKWARD_SUMMARY);
+                [back(2, 4).or_else(|| back(1, 8)), None, None]
+            }
+            // the kernels with few numbers in a lane are made for the states of Mamba
+            Self::Aligned if (9..=16).contains(&states) => {
+                let few = |per, work, wait| {
+                    let form = Form { per, states: 4, split: 4 };
+                    Some(Candidate { form, work, wait, summary: FORWARD_SUMMARY })
+                };
+                [few(1, 31.0, 25.0), few(2, 58.0, 50.0), wide]
+            }
+            Self::Aligned | Self::Forward => [wide, None, None],
+        };
+        all.into_iter().flatten().collect()
+    }
+}
+
 /// The layout of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// Lanes that share a state.
-    pub(super) split: usize,
+    pub(super) form: Form,
     /// Channels that share their groups of `B` and of `C`, and how many such parts there are.
     pub(super) part: usize,
     pub(super) parts: usize,
@@ -62,33 +147,49 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// For a device that has room for `slots` blocks at once; `None` where no kernel takes the call.
-    pub(super) fn new(sizes: &Sizes, slots: usize) -> Option<Self> {
+    /// For a device of so many multiprocessors; `None` where no kernel takes the call.
+    pub(super) fn new(sizes: &Sizes, pass: Pass, multiprocessors: usize) -> Option<Self> {
         let Sizes { batch, length, channels, states, groups } = *sizes;
-        let split = SPLITS.into_iter().find(|split| split * STATES >= states)?;
         if batch * length * channels == 0 || batch > MOST_BLOCKS || length > MOST_TOKENS {
             return None;
         }
         let width = |side: usize| channels / groups[side].unwrap_or(channels);
         let part = gcd(width(0), width(1));
         let parts = channels / part;
-        let blocks = part.div_ceil(THREADS / split * PAIR);
         let tiles = length.div_ceil(TILE);
-        let all = blocks * parts * batch;
-        let cost = |chunks: &usize| {
-            let waves = (all * chunks).div_ceil(slots.max(1)) as f64 / *chunks as f64;
-            let share = (SUMMARY_TOKENS * *chunks as f64 / length as f64).min(1.0);
-            waves * if *chunks > 1 { 1.0 + SUMMARY_COST * share } else { 1.0 } + 1e-5 * *chunks as f64
-        };
         let most = (tiles / CHUNK_TILES).clamp(1, MOST_BLOCKS);
-        let chunks = (1..=most).min_by(|a, b| cost(a).total_cmp(&cost(b)))?;
-        let chunk = tiles.div_ceil(chunks) * TILE;
-        Some(Self { split, part, parts, blocks, chunk, chunks: length.div_ceil(chunk) })
+        let mut best: Option<(f64, Self)> = None;
+        for candidate in pass.candidates(states) {
+            let form = candidate.form;
+            let blocks = part.div_ceil(form.channels());
+            let all = blocks * parts * batch;
+            // more chunks than fill the device several times over gain nothing
+            for chunks in 1..=most.min(16 * multiprocessors / all + 1) {
+                let chunk = tiles.div_ceil(chunks) * TILE;
+                let chunks = length.div_ceil(chunk);
+                let time = |chunks: usize| candidate.token((all * chunks).div_ceil(multiprocessors));
+                let mut cost = time(chunks) * chunk.min(length) as f64;
+                if chunks > 1 {
+                    cost += candidate.summary * time(chunks - 1) * chunk.min(SUMMARY_TOKENS) as f64
+                        + SUMMARY_LAUNCHES;
+                }
+                if best.is_none_or(|(least, _)| cost < least) {
+                    best = Some((cost, Self { form, part, parts, blocks, chunk, chunks }));
+                }
+            }
+        }
+        best.map(|(_, plan)| plan)
     }
 
     /// Blocks of all parts.
     pub(super) fn columns(&self) -> usize {
         self.parts * self.blocks
+    }
+
+    /// What follows the element type in the name of a kernel.
+    pub(super) fn kernel(&self) -> String {
+        let Form { per, states, split } = self.form;
+        format!("{per}x{states}x{split}")
     }
 }
 
@@ -100,20 +201,42 @@ fn gcd(a: usize, b: usize) -> usize {
 mod tests {
     use super::*;
 
+    const H100: usize = 132;
+
     fn sizes(batch: usize, length: usize, channels: usize, states: usize) -> Sizes {
         Sizes { batch, length, channels, states, groups: [Some(1), Some(1)] }
     }
 
     #[test]
     fn a_state_is_spread_over_as_few_lanes_as_hold_it() {
-        for (states, split) in [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (128, 16), (129, 32), (256, 32)] {
-            assert_eq!(
-                Plan::new(&sizes(1, 10, 64, states), 528).map(|plan| plan.split),
-                Some(split),
-                "{states}"
-            );
+        for (states, forward, backward) in [
+            (1, "2x8x1", "2x4x1"),
+            (8, "2x8x1", "2x4x2"),
+            (9, "2x8x2", "2x4x4"),
+            (16, "2x8x2", "2x4x4"),
+            (17, "2x8x4", "2x4x8"),
+            (128, "2x8x16", "2x4x32"),
+            (129, "2x8x32", "1x8x32"),
+            (256, "2x8x32", "1x8x32"),
+        ] {
+            let kernel = |pass| {
+                Plan::new(&sizes(1, 10, 64, states), pass, H100).map(|plan| plan.kernel()).unwrap_or_default()
+            };
+            assert_eq!(kernel(Pass::Forward), forward, "{states}");
+            assert_eq!(kernel(Pass::Backward), backward, "{states}");
         }
-        assert_eq!(Plan::new(&sizes(1, 10, 64, 257), 528), None);
+        for pass in [Pass::Aligned, Pass::Forward, Pass::Backward] {
+            assert_eq!(Plan::new(&sizes(1, 10, 64, 257), pass, H100), None);
+        }
+    }
+
+    #[test]
+    fn few_channels_take_many_lanes_and_many_channels_few() {
+        let kernel = |batch, length, channels| {
+            Plan::new(&sizes(batch, length, channels, 16), Pass::Aligned, H100).map(|plan| plan.kernel())
+        };
+        assert_eq!(kernel(8, 2048, 1536).as_deref(), Some("1x4x4"));
+        assert_eq!(kernel(8, 2048, 4096).as_deref(), Some("2x4x4"));
     }
 
     #[test]
@@ -127,18 +250,19 @@ mod tests {
     #[test]
     fn nothing_to_do_is_no_work_for_a_kernel() {
         for (batch, length, channels) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (65_536, 1, 1)] {
-            assert_eq!(Plan::new(&sizes(batch, length, channels, 16), 528), None);
+            assert_eq!(Plan::new(&sizes(batch, length, channels, 16), Pass::Forward, H100), None);
         }
     }
 
     #[test]
     fn time_is_cut_where_channels_do_not_fill_the_device() {
-        let chunks =
-            |batch, length, channels| Plan::new(&sizes(batch, length, channels, 16), 528).map(|p| p.chunks);
-        assert_eq!(chunks(64, 200, 1536), Some(1));
-        assert_eq!(chunks(8, 2048, 1536), Some(5));
-        assert_eq!(chunks(1, 262_144, 1536), Some(44));
-        assert_eq!(chunks(1, 100, 16), Some(1));
+        let chunks = |batch, length, channels| {
+            Plan::new(&sizes(batch, length, channels, 16), Pass::Aligned, H100).map_or(0, |plan| plan.chunks)
+        };
+        assert_eq!(chunks(64, 200, 1536), 1);
+        assert_eq!(chunks(8, 2048, 1536), 1);
+        assert!(chunks(1, 262_144, 1536) > 8);
+        assert_eq!(chunks(1, 100, 16), 1);
     }
 
     #[test]
@@ -146,12 +270,14 @@ mod tests {
         for (length, groups) in [(1, [Some(1), Some(1)]), (531, [Some(2), Some(3)]), (9000, [None, Some(4)])]
         {
             let sizes = Sizes { batch: 2, length, channels: 48, states: 16, groups };
-            let Some(plan) = Plan::new(&sizes, 264) else { panic!("no plan for {sizes:?}") };
-            assert!(plan.chunk % TILE == 0 && plan.chunks * plan.chunk >= length);
-            assert!((plan.chunks - 1) * plan.chunk < length);
-            assert_eq!(plan.part * plan.parts, 48);
-            for group in groups {
-                assert_eq!(48 / group.unwrap_or(48) % plan.part, 0);
+            for pass in [Pass::Aligned, Pass::Forward, Pass::Backward] {
+                let Some(plan) = Plan::new(&sizes, pass, H100) else { panic!("no plan for {sizes:?}") };
+                assert!(plan.chunk % TILE == 0 && plan.chunks * plan.chunk >= length);
+                assert!((plan.chunks - 1) * plan.chunk < length);
+                assert_eq!(plan.part * plan.parts, 48);
+                for group in groups {
+                    assert_eq!(48 / group.unwrap_or(48) % plan.part, 0);
+                }
             }
         }
     }
