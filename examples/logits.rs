@@ -5,7 +5,7 @@
 //! ```
 //!
 //! `ids.json` is a list of rows of equal length, as in `[[1, 2, 3], [4, 5, 6]]`; the result is the tensor `logits`,
-//! f32 `[rows, length, vocabulary]`.
+//! f32 `[rows, length, vocabulary]`. Of a model with labels it holds `scores` too, f32 `[rows, labels]`.
 
 #[path = "common"]
 mod common {
@@ -18,7 +18,7 @@ use common::cli::{self, CHUNK, Outcome, Place};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use subquadratic::models::{Form, LanguageModel, ModelState, write_safetensors};
+use subquadratic::models::{Form, LanguageModel, write_safetensors};
 
 /// Writes the logits of a checkpoint for rows of token ids
 #[derive(Parser)]
@@ -73,28 +73,41 @@ fn program(arguments: Arguments) -> Outcome<()> {
         (Mode::Recurrent, _) => Form::Recurrent,
     })?;
     let chunk = if forms { None } else { chunk };
-    let (batch, length) = ids.dims2()?;
+    let length = ids.dim(1)?;
     let prefill = arguments.prefill.unwrap_or(length).min(length);
 
     // the lengths of the calls: the prefilled part in chunks, then single tokens
     let piece = |start| chunk.unwrap_or(prefill).min(prefill - start);
     let mut calls: Vec<usize> = (0..prefill).step_by(chunk.unwrap_or(prefill).max(1)).map(piece).collect();
     calls.extend(vec![1; length - prefill]);
-    let mut state = model.init_state(batch)?;
-    let mut start = 0;
-    let mut parts = vec![];
-    for tokens in calls {
-        parts.push(call(&model, &ids.narrow(1, start, tokens)?, &mut state)?);
-        start += tokens;
+    let mut results = BTreeMap::new();
+    if model.config().lm_head {
+        results.insert("logits".to_string(), logits(&model, &ids, &calls)?);
     }
-    let logits = BTreeMap::from([("logits".to_string(), Tensor::cat(&parts, 1)?)]);
-    write_safetensors(&arguments.out, &logits, &[])?;
+    if model.config().labels > 0 {
+        results.insert("scores".to_string(), plain(&model.classify(&ids)?)?);
+    }
+    write_safetensors(&arguments.out, &results, &[])?;
     Ok(())
 }
 
-fn call(model: &LanguageModel, ids: &Tensor, state: &mut ModelState) -> Outcome<Tensor> {
-    let logits = model.forward_with_state(ids, state)?;
-    Ok(logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+/// The logits of calls of so many tokens each.
+fn logits(model: &LanguageModel, ids: &Tensor, calls: &[usize]) -> Outcome<Tensor> {
+    // one call needs no state, which some mixers do not have
+    if calls.len() == 1 {
+        return plain(&model.forward(ids)?);
+    }
+    let mut state = model.init_state(ids.dim(0)?)?;
+    let (mut start, mut parts) = (0, vec![]);
+    for &tokens in calls {
+        parts.push(plain(&model.forward_with_state(&ids.narrow(1, start, tokens)?, &mut state)?)?);
+        start += tokens;
+    }
+    Ok(Tensor::cat(&parts, 1)?)
+}
+
+fn plain(values: &Tensor) -> Outcome<Tensor> {
+    Ok(values.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
 }
 
 /// Reads rows of token ids, `[rows, length]`.

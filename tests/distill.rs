@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use common::*;
 use std::collections::HashMap;
-use subquadratic::layers::hyena::HyenaFilter;
+use subquadratic::layers::hyena::{Direction, HyenaFilter};
 use subquadratic::layers::{Hyena, ModalHyena};
 use subquadratic::models::{LanguageModel, MixerConfig, ModelConfig, load};
 use subquadratic::ops::Poles;
@@ -144,7 +144,7 @@ fn what_has_no_modal_form_is_refused_by_name() {
         config
     };
     fails(&with(|mixer| mixer.order = 3), 4, &["block 1", "order", "got 3"]);
-    let config = with(|mixer| mixer.bidirectional = true);
+    let config = with(|mixer| mixer.direction = Direction::TwoSided);
     let MixerConfig::Hyena(mixer) = &config.blocks[1].mixer else { panic!("a Hyena") };
     let none = VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu);
     let error = ModalHyena::distill(mixer, none, 4).unwrap_err().to_string();

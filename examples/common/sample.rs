@@ -3,6 +3,7 @@
 use super::cli::{Outcome, Place};
 use super::form::set_form;
 use super::tokenizer::Tokenizer;
+use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use std::io::Write;
 use std::path::Path;
@@ -63,7 +64,8 @@ impl Sampling {
     }
 }
 
-/// Loads the model in `directory` (or the newest checkpoint there) and continues `prompt`.
+/// Loads the model in `directory` (or the newest checkpoint there) and continues `prompt`, or tells the scores of its
+/// labels.
 pub fn from_checkpoint(
     directory: &Path,
     prompt: &str,
@@ -79,6 +81,14 @@ pub fn from_checkpoint(
     let mut model = place.load(&directory, &place.device()?)?;
     set_form(&mut model, form)?;
     let tokenizer = Tokenizer::of(&directory, &model)?;
+    if model.config().labels > 0 {
+        let ids = Tensor::new(vec![tokenizer.encode(prompt)?], &Device::Cpu)?;
+        let scores = model.classify(&ids)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        println!("scores of the labels: {scores:.4?}");
+    }
+    if !model.config().lm_head {
+        return Ok(());
+    }
     stream(&model, &tokenizer, prompt, seed, sampling)
 }
 

@@ -33,6 +33,12 @@ pub struct ModelConfig {
     pub final_norm: Option<NormConfig>,
     /// The head is the embedding.
     pub tie_embeddings: bool,
+    /// Whether there is a head for tokens: logits.
+    #[serde(default = "yes")]
+    pub lm_head: bool,
+    /// Labels of sequences that a second head, `score.weight` `[labels, D]`, gives scores to; 0 without it.
+    #[serde(default)]
+    pub labels: usize,
     /// The residual stream of bf16 and f16 models is f32.
     pub residual_in_fp32: bool,
     /// Standard deviation of a fresh embedding.
@@ -42,6 +48,10 @@ pub struct ModelConfig {
     /// Token ids with a meaning of their own.
     #[serde(skip)]
     pub tokens: SpecialTokens,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Token ids that a checkpoint's config names; they change no logit.
@@ -108,6 +118,8 @@ impl ModelConfig {
             embedding_norm: None,
             final_norm: Some(NormConfig::Rms { eps: 1e-5 }),
             tie_embeddings: true,
+            lm_head: true,
+            labels: 0,
             residual_in_fp32: true,
             initializer_range: 0.02,
             rescale_residual: true,
@@ -169,6 +181,12 @@ impl ModelConfig {
         for (name, norm) in [("embedding_norm", &self.embedding_norm), ("final_norm", &self.final_norm)] {
             norm.as_ref().map_or(Ok(()), |norm| norm.validate(name))?;
         }
+        if !self.lm_head && self.labels == 0 {
+            return Err(Error::value("model: lm_head", "a head for tokens or for labels", "neither"));
+        }
+        if self.labels > u32::MAX as usize {
+            return Err(Error::value("model: labels", "less than 2^32", self.labels));
+        }
         if !self.embedding_scale.is_finite() {
             return Err(Error::value("model: embedding_scale", "a finite number", self.embedding_scale));
         }
@@ -191,8 +209,11 @@ impl ModelConfig {
             let parameters = norm.iter().flat_map(|norm| norm.parameters(self.hidden_size));
             all.extend(parameters.map(|p| p.under(name)));
         }
-        if !self.tie_embeddings {
+        if self.lm_head && !self.tie_embeddings {
             all.push(Parameter::new("lm_head.weight", &[rows, self.hidden_size]));
+        }
+        if self.labels > 0 {
+            all.push(Parameter::new(SCORE, &[self.labels, self.hidden_size]));
         }
         all
     }
@@ -251,6 +272,8 @@ impl BlockConfig {
 /// The prefixes of the norms outside the blocks.
 pub(crate) const EMBEDDING_NORM: &str = "backbone.embedding_norm";
 pub(crate) const FINAL_NORM: &str = "backbone.norm_f";
+/// The head for labels.
+pub(crate) const SCORE: &str = "score.weight";
 
 /// The prefix of block `i`.
 pub(crate) fn block_name(i: usize) -> String {

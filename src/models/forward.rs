@@ -15,6 +15,8 @@ use std::sync::Arc;
 /// Tokens of a batch that go through the stack together where nothing is tracked: enough for full speed, few enough for
 /// the caches. By the streaming law the cut changes nothing.
 const CHUNK: usize = 512;
+/// With long convolutions: one of a whole prompt costs less than its pieces.
+const LONG_CHUNK: usize = 32_768;
 /// On a GPU: enough to fill it, few enough for its memory.
 const CUDA_CHUNK: usize = 16_384;
 
@@ -146,8 +148,14 @@ impl LanguageModel {
     ) -> Result<Tensor> {
         let (batch, length) = ids.dims2()?;
         let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
-        let whole = tracked || self.form == Form::Parallel;
-        let most = if self.device.is_cuda() { CUDA_CHUNK } else { CHUNK };
+        let streams = self.config.blocks.iter().all(|block| block.mixer.streams());
+        let whole = tracked || !streams || self.form == Form::Parallel;
+        let long = self.config.blocks.iter().any(|block| block.mixer.longest().is_some());
+        let most = match self.device.is_cuda() {
+            true => CUDA_CHUNK,
+            false if long => LONG_CHUNK,
+            false => CHUNK,
+        };
         let chunk = if whole { length } else { (most / batch).max(most / 8) };
         if chunk < length {
             let blocks = match carried.take() {

@@ -2,7 +2,7 @@
 
 use super::Form;
 use super::block::{Block, Stream};
-use super::config::{EMBEDDING_NORM, FINAL_NORM, ModelConfig, block_name};
+use super::config::{EMBEDDING_NORM, FINAL_NORM, ModelConfig, SCORE, block_name};
 use super::state::ModelState;
 use crate::layers::parameter::normal;
 use crate::layers::{Mlp, NormConfig, NormLayer};
@@ -31,6 +31,7 @@ pub struct LanguageModel {
     pub(super) embedding_norm: Option<NormLayer>,
     pub(super) final_norm: Option<NormLayer>,
     pub(super) head: Tensor,
+    pub(super) score: Option<Tensor>,
     pub(super) recompute: bool,
     pub(super) form: Form,
     pub(super) kind: String,
@@ -103,7 +104,10 @@ impl LanguageModel {
         };
         let rows = (config.vocab_rows(), config.hidden_size);
         let embedding = vb.get(rows, "backbone.embeddings.weight")?;
-        let head = if config.tie_embeddings { embedding.clone() } else { vb.get(rows, "lm_head.weight")? };
+        let own = config.lm_head && !config.tie_embeddings;
+        let head = if own { vb.get(rows, "lm_head.weight")? } else { embedding.clone() };
+        let scores = (config.labels, config.hidden_size);
+        let score = if config.labels > 0 { Some(vb.get(scores, SCORE)?) } else { None };
         Ok(Self {
             dtype,
             device: device.clone(),
@@ -115,6 +119,7 @@ impl LanguageModel {
             embedding_norm: norm(&config.embedding_norm, EMBEDDING_NORM)?,
             final_norm: norm(&config.final_norm, FINAL_NORM)?,
             head,
+            score,
             recompute: false,
             form: Form::Auto,
             kind: kind(config),
@@ -227,6 +232,11 @@ impl LanguageModel {
 
     /// The head: `[.., D]` to `[.., V]`.
     pub(super) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        if !self.config.lm_head {
+            let expected =
+                "a model with a head for tokens; this one has labels alone: see classify and hidden_states";
+            return Err(Error::value("logits", expected, self.config.family.name()));
+        }
         let head = match self.config.vocab_size {
             size if size == self.head.dim(0)? => self.head.clone(),
             size => self.head.narrow(0, 0, size)?,
@@ -309,7 +319,11 @@ fn initial_values(config: &ModelConfig, seed: u64) -> Result<HashMap<String, Ten
             insert(name, norm.init(width)?);
         }
     }
-    if !config.tie_embeddings {
+    if config.labels > 0 {
+        let scores = normal(rng, &[config.labels, width], config.initializer_range)?;
+        insert("score", vec![("weight".into(), scores)]);
+    }
+    if config.lm_head && !config.tie_embeddings {
         let bound = (width as f64).powf(-0.5);
         insert("lm_head", vec![("weight".into(), crate::layers::parameter::uniform(rng, &rows, bound)?)]);
     }

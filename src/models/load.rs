@@ -126,7 +126,7 @@ fn match_names(
 ) -> Result<HashMap<String, String>> {
     let mut names = HashMap::new();
     let (mut missing, mut wrong) = (vec![], vec![]);
-    for name in files.entries.keys().filter(|name| !config.family.ignores(name)) {
+    for name in files.entries.keys().filter(|name| !config.family.ignores(config, name)) {
         if let Some(other) = names.insert(config.family.own_name(name), name.clone()) {
             wrong.push(format!("{name}: another name of {other}, which is there too"));
         }

@@ -61,6 +61,14 @@ impl MixerConfig {
         }
     }
 
+    /// Whether it has a state.
+    pub(crate) fn streams(&self) -> bool {
+        match self {
+            Self::Hyena(config) => config.check_streams().is_ok(),
+            Self::Mamba(_) | Self::Attention(_) | Self::ModalHyena(_) | Self::Retention(_) => true,
+        }
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         match self {
             Self::Mamba(config) => config.validate(),

@@ -5,6 +5,7 @@
 //! families. What a sequence leaves behind is a [`ModelState`].
 
 mod block;
+mod classify;
 mod config;
 mod decode;
 mod distill;

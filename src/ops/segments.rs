@@ -144,6 +144,20 @@ impl Segments {
         Self { rows, length: tokens.len() }
     }
 
+    /// The tokens of each sequence of row `b`, in order.
+    pub(crate) fn sequences(&self, b: usize) -> Vec<Vec<usize>> {
+        let mut all: Vec<Vec<usize>> = vec![];
+        for run in self.row(b) {
+            if run.fresh || all.is_empty() {
+                all.push(vec![]);
+            }
+            if let Some(sequence) = all.last_mut() {
+                sequence.extend(run.tokens.clone());
+            }
+        }
+        all
+    }
+
     /// Whether some token is padding.
     pub(crate) fn any_padding(&self) -> bool {
         let tokens = |runs: &Vec<Run>| runs.iter().map(|run| run.tokens.len()).sum::<usize>();

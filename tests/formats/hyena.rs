@@ -1,22 +1,22 @@
-//! HyenaDNA's two layouts: what is saved comes back, every key counts or is refused, damage is named.
+//! HyenaDNA's two layouts and safari's: what is saved comes back, every key counts or is refused, damage is named.
 
 use super::*;
 use serde_json::json;
-use subquadratic::layers::hyena::FilterOrder;
+use subquadratic::layers::hyena::{FilterOrder, HyenaFilter};
 use subquadratic::models::read_config;
 
-const LAYOUTS: [Family; 2] = [Family::HyenaDna, Family::HyenaDnaTraining];
+const LAYOUTS: [Family; 3] = [Family::HyenaDna, Family::HyenaDnaTraining, Family::Safari];
 
 fn small(family: Family) -> ModelConfig {
     let mut config = ModelConfig::hyena(8, 2, 12, 24);
     config.family = family;
     config.vocab_multiple = 8;
     config.rescale_residual = false;
-    if family == Family::HyenaDnaTraining {
-        for block in &mut config.blocks {
-            let MixerConfig::Hyena(mixer) = &mut block.mixer else { panic!("a Hyena") };
-            (mixer.order, mixer.filter_order) = (3, FilterOrder::ChannelFirst);
-        }
+    for block in config.blocks.iter_mut().filter(|_| family != Family::HyenaDna) {
+        let MixerConfig::Hyena(mixer) = &mut block.mixer else { panic!("a Hyena") };
+        (mixer.order, mixer.filter_order) = (3, FilterOrder::ChannelFirst);
+        let HyenaFilter::Implicit(filter) = &mut mixer.filter else { panic!("an implicit filter") };
+        filter.normalized_first = family == Family::Safari;
     }
     config
 }
@@ -32,9 +32,10 @@ fn with_key(family: Family, key: &str, value: Value) -> subquadratic::Result<Lan
     let (dir, _) = saved(family);
     let path = dir.path().join("config.json");
     let mut keys: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let model = if family == Family::Safari { &mut keys["model_config"] } else { &mut keys };
     match key.split_once('.') {
-        Some((outer, inner)) => keys[outer][inner] = value,
-        None => keys[key] = value,
+        Some((outer, inner)) => model[outer][inner] = value,
+        None => model[key] = value,
     }
     fs::write(&path, keys.to_string()).unwrap();
     load(dir.path(), DType::F32, &Device::Cpu)
@@ -80,8 +81,18 @@ fn wrong_keys_are_named() {
         (Family::HyenaDna, "bidirectional", json!(true), "bidirectional"),
         (Family::HyenaDna, "secret_option", json!(2), "secret_option"),
         (Family::HyenaDnaTraining, "layer.l_max", json!(30), "pos_emb"),
-        (Family::HyenaDnaTraining, "layer.num_heads", json!(2), "num_heads"),
-        (Family::HyenaDnaTraining, "layer.outer_mixing", json!(true), "outer_mixing"),
+        (Family::HyenaDnaTraining, "layer.num_heads", json!(2), "filter_fn.bias"),
+        (Family::HyenaDnaTraining, "layer.num_heads", json!(3), "heads"),
+        (Family::HyenaDnaTraining, "layer.post_order_ffn", json!(true), "ord_proj_w"),
+        (Family::HyenaDnaTraining, "layer.inner_factor", json!(2), "inner_factor"),
+        (Family::HyenaDnaTraining, "layer.linear_mixer", json!(true), "implicit_filter.0"),
+        (Family::HyenaDnaTraining, "layer.activation", json!("tanh"), "layer.activation"),
+        (Family::HyenaDnaTraining, "layer.filter_cls", json!("long-conv"), "filter_cls"),
+        (Family::HyenaDnaTraining, "layer.bias", json!(false), "layer.bias"),
+        (Family::HyenaDnaTraining, "attn_layer_idx", json!([1]), "attn_layer_idx"),
+        (Family::HyenaDnaTraining, "max_position_embeddings", json!(64), "max_position_embeddings"),
+        (Family::Safari, "layer.bidirectional", json!(true), "model_config.layer.bidirectional"),
+        (Family::Safari, "layer.l_max", json!(30), "pos_emb"),
         (Family::HyenaDnaTraining, "layer.secret_option", json!(2), "secret_option"),
         (Family::HyenaDnaTraining, "layer._name_", json!("s4"), "_name_"),
     ];
@@ -100,6 +111,17 @@ fn keys_change_the_logits_or_nothing() {
         (Family::HyenaDnaTraining, "layer.shift", json!(0.4), true),
         (Family::HyenaDnaTraining, "layer.normalized", json!(true), true),
         (Family::HyenaDnaTraining, "layer.lr_pos_emb", json!(0.1), false),
+        (Family::HyenaDnaTraining, "layer.outer_mixing", json!(true), true),
+        (Family::HyenaDnaTraining, "layer.activation", json!("silu"), true),
+        (Family::HyenaDnaTraining, "layer.activation", json!("id"), false),
+        (Family::HyenaDnaTraining, "layer.bidirectional", json!(true), true),
+        (Family::HyenaDnaTraining, "layer.num_blocks", json!(3), true),
+        (Family::HyenaDnaTraining, "attn_layer_idx", json!([]), false),
+        (Family::HyenaDnaTraining, "max_position_embeddings", json!(0), false),
+        (Family::Safari, "layer.normalized", json!(true), true),
+        (Family::Safari, "layer.modulate", json!(false), true),
+        (Family::HyenaDna, "hyena_dropout", json!(0.5), false),
+        (Family::HyenaDna, "use_bias", json!(false), false),
     ];
     for (family, key, value, changes) in cases {
         let logits = |model: &LanguageModel| common::bits(&model.forward(&rows()).unwrap());
@@ -120,4 +142,34 @@ fn cut_files_are_refused_by_name() {
             assert!(message.contains("model.safetensors"), "{family:?} cut at {count}: {message}");
         }
     }
+}
+
+/// The port gives `layer_norm_epsilon` to its last norm alone.
+#[test]
+fn the_norms_in_the_blocks_have_their_own_epsilon() {
+    let model = with_key(Family::HyenaDna, "layer_norm_epsilon", json!(0.25)).unwrap();
+    assert_eq!(model.config().final_norm, Some(NormConfig::Layer { eps: 0.25 }));
+    assert!(model.config().blocks.iter().all(|block| block.norm == NormConfig::Layer { eps: 1e-5 }));
+    let model = with_key(Family::Safari, "layer_norm_epsilon", json!(0.25)).unwrap();
+    assert!(model.config().blocks.iter().all(|block| block.norm == NormConfig::Layer { eps: 0.25 }));
+}
+
+/// A model may have both heads, and says so in its config.
+#[test]
+fn labels_come_beside_tokens_or_alone() {
+    for lm_head in [true, false] {
+        for tie_embeddings in [true, false] {
+            let config = ModelConfig { labels: 5, lm_head, tie_embeddings, ..small(Family::HyenaDna) };
+            let (dir, model) = (tempfile::tempdir().unwrap(), model(&config, DType::F32));
+            model.save(dir.path()).unwrap();
+            let back = load(dir.path(), DType::F32, &Device::Cpu).unwrap();
+            assert_eq!((back.config().labels, back.config().lm_head), (5, lm_head));
+            assert_eq!(back.config().tie_embeddings, tie_embeddings);
+            let scores = |model: &LanguageModel| common::bits(&model.classify(&rows()).unwrap());
+            assert_eq!(scores(&back), scores(&model));
+            assert_eq!(back.forward(&rows()).is_ok(), lm_head);
+        }
+    }
+    let neither = ModelConfig { lm_head: false, ..small(Family::HyenaDna) };
+    assert!(neither.validate().unwrap_err().to_string().contains("lm_head"));
 }

@@ -26,6 +26,17 @@ fn every_length_equals_the_sum() {
     }
 }
 
+/// Transforms that several threads share, of sizes with and without odd factors.
+#[test]
+fn long_transforms_of_few_channels_equal_the_sum() {
+    for (length, reverse) in [(8_192, 0), (9_000, 0), (8_600, 8_500)] {
+        let case = Case { reverse, ..Case::full(1, length, 2) };
+        let t = case.tensors(length as u64);
+        let y = with_threads(4, || case.run(&t, None).unwrap());
+        assert_close(&format!("{case:?}"), &y[0], &oracle(&case, &t), EXACT);
+    }
+}
+
 #[test]
 fn random_shapes_and_options_equal_the_sum_and_the_reference() {
     let mut random = Random::new(1);
@@ -105,6 +116,27 @@ fn every_dtype_is_exact_up_to_its_rounding() {
                     tolerance,
                 );
             }
+        }
+    }
+}
+
+/// The convolution and its gradients by torch.fft, see tests/fixtures/make_hyena.py.
+#[test]
+fn results_equal_those_of_torch() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/long_conv.safetensors");
+    let torch = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    for (kind, reverse) in [("causal", 0), ("two_sided", 37)] {
+        let case = Case { reverse, ..Case::full(2, 37, 3) };
+        let t: Vec<Tensor> = NAMES.iter().map(|&name| torch[name].clone()).collect();
+        let inputs: Vec<Tensor> = case.used().iter().map(|&i| t[i].clone()).collect();
+        let variables: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+        let leaves: Vec<Tensor> = variables.iter().map(|x| x.as_tensor().clone()).collect();
+        let y = case.run(&case.place(&t, &leaves), None).unwrap().remove(0);
+        assert_close(kind, &y.detach(), &torch[&format!("{kind}.y")], EXACT);
+        let gradients = (y * &torch["weight"]).unwrap().sum_all().unwrap().backward().unwrap();
+        for (&i, leaf) in case.used().iter().zip(&leaves) {
+            let want = &torch[&format!("{kind}.{}", NAMES[i])];
+            assert_close(&format!("{kind} {}", NAMES[i]), gradients.get(leaf).unwrap(), want, EXACT);
         }
     }
 }
@@ -239,7 +271,14 @@ fn strided_arguments_are_read_where_they_lie() {
 
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
-    for case in [Case::full(3, 700, 40), Case { taps: 150, reverse: 20, ..Case::full(1, 9_000, 20) }] {
+    // many sequences of few channels, windows, and long transforms of one block of channels, which threads share
+    let cases = [
+        Case::full(3, 700, 40),
+        Case { taps: 150, reverse: 20, ..Case::full(1, 9_000, 20) },
+        Case::full(1, 9_500, 5),
+        Case { reverse: 10_000, ..Case::full(2, 12_000, 3) },
+    ];
+    for case in cases {
         let t = cast(&case.tensors(11), DType::F32);
         let run = |threads| with_threads(threads, || case.all(&t, None).iter().map(bits).collect::<Vec<_>>());
         assert!(run(1) == run(3));

@@ -2,6 +2,7 @@
 
 use crate::layers::parameter::check_sizes;
 use crate::layers::{Linear, Parameter};
+use crate::ops::Activation;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,9 @@ pub struct ImplicitFilter {
     pub width: usize,
     /// Layers between the first and the last.
     pub inner_layers: usize,
+    /// No layers and sines at all: filters are linear in the features.
+    #[serde(default)]
+    pub linear: bool,
     /// The sines' frequencies.
     pub frequency: SineFrequency,
     /// What they begin with.
@@ -34,6 +38,9 @@ pub struct ImplicitFilter {
     pub shift: f64,
     /// Divide the filters of each position by the sum of their absolute values.
     pub normalized: bool,
+    /// Do so before they decay, as safari does; HyenaDNA's training code does it after.
+    #[serde(default)]
+    pub normalized_first: bool,
 }
 
 impl Default for ImplicitFilter {
@@ -42,11 +49,13 @@ impl Default for ImplicitFilter {
             emb_dim: 5,
             width: 64,
             inner_layers: 2,
+            linear: false,
             frequency: SineFrequency::Shared,
             w: 10.0,
             modulate: true,
             shift: 0.05,
             normalized: false,
+            normalized_first: false,
         }
     }
 }
@@ -69,6 +78,20 @@ pub enum FilterOrder {
     ChannelFirst,
 }
 
+/// Where an output's inputs are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Direction {
+    /// Before it.
+    #[default]
+    Causal,
+    /// On both sides: a second set of filters goes over the future. The layer has no state.
+    TwoSided,
+    /// Around it, as `bidirectional` means it in HyenaDNA's training code: one set of filters, delayed by half the
+    /// sequence's length `L` and taken modulo `2 L`, so that inputs nearer than that meet no tap. The layer has no
+    /// state.
+    Centred,
+}
+
 /// The sizes and options of a [`Hyena`](super::Hyena) layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,8 +112,35 @@ pub struct HyenaConfig {
     pub filter: HyenaFilter,
     /// How they are numbered.
     pub filter_order: FilterOrder,
-    /// A second set of filters goes over the future: the layer is not causal and has no state.
-    pub bidirectional: bool,
+    /// Whether it is causal.
+    #[serde(default)]
+    pub direction: Direction,
+    /// Heads, `H`, a divisor of `D`: the projections come head by head, and all heads share their `D / H` filters an
+    /// order.
+    #[serde(default = "one")]
+    pub heads: usize,
+    /// Gates are summed over the channels of a head.
+    #[serde(default)]
+    pub outer_mixing: bool,
+    /// Heads are mixed behind every long convolution, by `ord_proj_w` `[N, H, H]` (whose last matrix is not used).
+    #[serde(default)]
+    pub post_order_ffn: bool,
+    /// Parts of equal length that a sequence is cut into, each with a long convolution of its own over its own length
+    /// `n`; its length must be a multiple of this. Upstream takes them modulo `2 n` with filters of `2 n` taps, and so
+    /// does this layer: late tokens of a part reach early ones. With more than one part the layer has no state.
+    #[serde(default = "one")]
+    pub num_blocks: usize,
+    /// Before `out_proj`.
+    #[serde(default = "identity")]
+    pub activation: Activation,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn identity() -> Activation {
+    Activation::Identity
 }
 
 impl HyenaConfig {
@@ -105,18 +155,45 @@ impl HyenaConfig {
             out_bias: true,
             filter: HyenaFilter::Implicit(ImplicitFilter::default()),
             filter_order: FilterOrder::OrderFirst,
-            bidirectional: false,
+            direction: Direction::Causal,
+            heads: 1,
+            outer_mixing: false,
+            post_order_ffn: false,
+            num_blocks: 1,
+            activation: Activation::Identity,
         }
     }
 
-    /// Long filters in one direction, `D (N - 1)`.
+    /// Channels of a head.
+    pub(crate) fn head(&self) -> usize {
+        self.d_model / self.heads.max(1)
+    }
+
+    /// Long filters in one direction, `D / H (N - 1)`.
     pub(crate) fn filters(&self) -> usize {
-        self.d_model.saturating_mul(self.order.saturating_sub(1))
+        self.head().saturating_mul(self.order.saturating_sub(1))
     }
 
     /// Columns of the filters' matrix.
     pub(crate) fn columns(&self) -> usize {
-        if self.bidirectional { self.filters().saturating_mul(2) } else { self.filters() }
+        if self.direction == Direction::TwoSided { self.filters().saturating_mul(2) } else { self.filters() }
+    }
+
+    /// Refuses layers whose outputs depend on how long the sequence will be.
+    pub(crate) fn check_streams(&self) -> Result<()> {
+        let expected = "a causal layer of one block";
+        match (self.direction, self.num_blocks) {
+            (Direction::Causal, 1) => Ok(()),
+            (Direction::Causal, blocks) => {
+                Err(Error::value("hyena: state", expected, format!("num_blocks = {blocks}")))
+            }
+            _ => Err(Error::value("hyena: state", expected, "a bidirectional one")),
+        }
+    }
+
+    /// Whether the filters that a sequence meets depend on its length.
+    pub(crate) fn is_periodic(&self) -> bool {
+        self.direction == Direction::Centred || self.num_blocks > 1
     }
 
     /// Channels of the short convolution, `D (N + 1)`.
@@ -134,6 +211,8 @@ impl HyenaConfig {
             ("order", self.order, 2),
             ("l_max", self.l_max, 1),
             ("short_filter", self.short_filter, 1),
+            ("heads", self.heads, 1),
+            ("num_blocks", self.num_blocks, 1),
         ];
         if let HyenaFilter::Implicit(filter) = &self.filter {
             sizes.extend([("filter width", filter.width, 1), ("emb_dim", filter.emb_dim, 3)]);
@@ -152,6 +231,13 @@ impl HyenaConfig {
                 return Err(Error::value(format!("hyena: {name}"), format!("{least} to 2^32 - 1"), size));
             }
         }
+        if !self.d_model.is_multiple_of(self.heads) {
+            let expected = format!("a divisor of d_model = {}", self.d_model);
+            return Err(Error::value("hyena: heads", expected, self.heads));
+        }
+        if self.num_blocks > 1 && self.direction == Direction::TwoSided {
+            return Err(Error::value("hyena: num_blocks", "1 with filters over the future", self.num_blocks));
+        }
         check_sizes(&self.parameters())
     }
 
@@ -162,6 +248,9 @@ impl HyenaConfig {
         all.extend(Linear::parameters("out_proj", d, d, self.out_bias));
         all.push(Parameter::new("short_filter.weight", &[width, 1, self.short_filter]));
         all.push(Parameter::new("short_filter.bias", &[width]));
+        if self.post_order_ffn {
+            all.push(Parameter::new("ord_proj_w", &[self.order, self.heads, self.heads]));
+        }
         all.push(Parameter::wide("filter_fn.bias", &[self.filters()]));
         match &self.filter {
             HyenaFilter::Explicit => {
@@ -176,7 +265,13 @@ impl HyenaConfig {
 impl ImplicitFilter {
     /// The layers with a sine behind them: their place in upstream's list.
     pub(crate) fn layers(&self) -> impl Iterator<Item = usize> {
-        (0..=self.inner_layers).map(|layer| 2 * layer)
+        let count = if self.linear { 0 } else { self.inner_layers + 1 };
+        (0..count).map(|layer| 2 * layer)
+    }
+
+    /// The last layer's place, and its inputs.
+    pub(crate) fn last(&self) -> (usize, usize) {
+        if self.linear { (0, self.emb_dim) } else { (2 * (self.inner_layers + 1), self.width) }
     }
 
     /// The place of the sine whose frequency layer `layer` goes by.
@@ -204,8 +299,8 @@ impl ImplicitFilter {
                 ));
             }
         }
-        let last = 2 * (self.inner_layers + 1);
-        all.push(Parameter::wide(&name(format!("implicit_filter.{last}.weight")), &[columns, self.width]));
+        let (last, inputs) = self.last();
+        all.push(Parameter::wide(&name(format!("implicit_filter.{last}.weight")), &[columns, inputs]));
         if self.modulate {
             all.push(Parameter::wide(&name("modulation.deltas".into()), &[1, 1, columns]));
         }

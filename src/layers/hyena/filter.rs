@@ -6,8 +6,11 @@
 //! h = sin(f W_0 z + b_0), h = sin(f (W_i h + b_i)) for the inner layers, k = W h
 //! k[t, c] *= exp(-t |deltas[c]|) + shift
 //! ```
+//!
+//! Where a layer's filters depend on the length `n` of what they go over, they are taken modulo `2 n` first: tap `j`,
+//! delayed by `s`, meets the input `j + s` places before, or as many after as that lacks to `2 n`.
 
-use super::config::{FilterOrder, HyenaConfig, HyenaFilter, ImplicitFilter};
+use super::config::{Direction, FilterOrder, HyenaConfig, HyenaFilter, ImplicitFilter};
 use crate::Result;
 use crate::layers::parameter::Reader;
 use crate::ops::linear;
@@ -54,7 +57,7 @@ impl Filters {
             z: get("pos_emb.z")?.squeeze(0)?,
             t: get("pos_emb.t")?.squeeze(0)?,
             layers: filter.layers().map(layer).collect::<Result<_>>()?,
-            last: get(&format!("implicit_filter.{}.weight", 2 * (filter.inner_layers + 1)))?,
+            last: get(&format!("implicit_filter.{}.weight", filter.last().0))?,
             deltas: if filter.modulate { Some(get("modulation.deltas")?.squeeze(0)?) } else { None },
             config: filter,
         })))
@@ -71,12 +74,16 @@ impl Filters {
             h = linear(&h, weight, Some(bias))?.broadcast_mul(frequency)?.sin()?;
         }
         h = linear(&h, &n.last, None)?;
+        let normalize = |h: &Tensor| h.broadcast_div(&h.abs()?.sum_keepdim(D::Minus1)?);
+        if n.config.normalized && n.config.normalized_first {
+            h = normalize(&h)?;
+        }
         if let Some(deltas) = &n.deltas {
             let decay = n.t.narrow(0, start, length)?.broadcast_mul(&deltas.abs()?)?.neg()?.exp()?;
             h = (h * (decay + n.config.shift)?)?;
         }
-        if n.config.normalized {
-            h = h.broadcast_div(&h.abs()?.sum_keepdim(D::Minus1)?)?;
+        if n.config.normalized && !n.config.normalized_first {
+            h = normalize(&h)?;
         }
         Ok(h)
     }
@@ -119,7 +126,7 @@ impl Filters {
         Ok(Tensor::cat(&pieces, 0)?)
     }
 
-    /// The filters of each order, `[length, D]`, over the past and, if bidirectional, the future.
+    /// The filters of each order, `[length, D]`, over the past and, if two-sided, the future.
     pub(super) fn orders(
         &self,
         config: &HyenaConfig,
@@ -128,33 +135,44 @@ impl Filters {
     ) -> Result<Vec<(Tensor, Option<Tensor>)>> {
         let taps =
             if trained || self.device().is_metal() { self.taps(0, length)? } else { self.exact(length)? };
+        let two_sided = config.direction == Direction::TwoSided;
         let part = |direction: usize, order: usize| -> Result<Tensor> {
             let filters = config.filters();
-            of_order(
-                config,
-                &if config.bidirectional {
-                    taps.narrow(1, direction * filters, filters)?
-                } else {
-                    taps.clone()
-                },
-                order,
-            )
+            let columns =
+                if two_sided { taps.narrow(1, direction * filters, filters)? } else { taps.clone() };
+            of_order(config, &columns, order)
         };
-        let order = |order| Ok((part(0, order)?, config.bidirectional.then(|| part(1, order)).transpose()?));
+        let order = |order| Ok((part(0, order)?, two_sided.then(|| part(1, order)).transpose()?));
         (0..config.order - 1).map(order).collect()
     }
 }
 
-/// The columns of `[rows, D (N - 1)]` that belong to one order, `[rows, D]`.
+/// The columns of `[rows, D / H (N - 1)]` that belong to one order, those of a head for every head, `[rows, D]`.
 pub(super) fn of_order(config: &HyenaConfig, columns: &Tensor, order: usize) -> Result<Tensor> {
-    let (rows, d) = (columns.dim(0)?, config.d_model);
-    if config.order == 2 {
-        return Ok(columns.clone());
-    }
-    Ok(match config.filter_order {
-        FilterOrder::OrderFirst => columns.narrow(1, order * d, d)?,
+    let (rows, width) = (columns.dim(0)?, config.head());
+    let own = match config.filter_order {
+        _ if config.order == 2 => columns.clone(),
+        FilterOrder::OrderFirst => columns.narrow(1, order * width, width)?,
         FilterOrder::ChannelFirst => {
-            columns.reshape((rows, d, config.order - 1))?.narrow(2, order, 1)?.squeeze(2)?.contiguous()?
+            columns.reshape((rows, width, config.order - 1))?.narrow(2, order, 1)?.squeeze(2)?.contiguous()?
         }
-    })
+    };
+    if config.heads == 1 { Ok(own) } else { Ok(Tensor::cat(&vec![own; config.heads], 1)?) }
+}
+
+/// Taps `[K, D]`, delayed by `delay` and taken modulo `2 length`: over the past and over the future of parts of `length`
+/// tokens, `[length, D]` each.
+pub(super) fn periodic(taps: &Tensor, length: usize, delay: usize) -> Result<(Tensor, Tensor)> {
+    let (count, period) = (taps.dim(0)?, 2 * length);
+    let zero = Tensor::zeros((1, taps.dim(1)?), taps.dtype(), taps.device())?;
+    let padded = Tensor::cat(&[taps, &zero], 0)?;
+    // the tap that meets an input so many places before, or none
+    let tap = |lag: usize| {
+        let tap = (lag + period - delay) % period;
+        (if tap < count { tap } else { count }) as u32
+    };
+    let past: Vec<u32> = (0..length).map(tap).collect();
+    let future = (0..length).map(|ahead| if ahead == 0 { count as u32 } else { tap(period - ahead) });
+    let pick = |index: Vec<u32>| padded.index_select(&Tensor::from_vec(index, length, taps.device())?, 0);
+    Ok((pick(past)?, pick(future.collect())?))
 }

@@ -18,7 +18,8 @@ impl Hyena {
     ///
     /// * positions: time, and the cosines and sines of frequencies `1e-4` to `(emb_dim - 1) / 2 - 1`; decay rates that
     ///   reach 0.01 at 0.3 to 1.5 of the grid; sines' frequencies `w`;
-    /// * skip weights: normal; explicit filters: normal, over the square root of their length;
+    /// * skip weights: normal; explicit filters: normal, over the square root of their length; matrices between heads:
+    ///   normal, over the square root of a head's channels;
     /// * everything else as PyTorch's layers begin, uniform in `±fan_in^-1/2`; `out_proj.weight` times `residual_scale`.
     ///
     /// Source: `HyenaOperator` and `HyenaFilter` of safari and hyena-dna.
@@ -44,6 +45,7 @@ impl Hyena {
             }
             let tensor = match parameter.name.as_str() {
                 "filter_fn.bias" => normal(rng, shape, 1.0)?,
+                "ord_proj_w" => normal(rng, shape, (config.head() as f64).powf(-0.5))?,
                 "filter_fn.filter" => normal(rng, shape, (config.l_max as f64).powf(-0.5))?,
                 "filter_fn.pos_emb.t" => filled(shape, |i| time(config.l_max, i))?,
                 "filter_fn.pos_emb.z" => filled(shape, |i| {

@@ -4,7 +4,7 @@
 use super::{ChannelOrder, HyenaFilter, ModalHyena, ModalHyenaConfig};
 use crate::layers::hyena::{Hyena, HyenaConfig};
 use crate::ops::modal_conv::{fit_modal, modal_filter};
-use crate::ops::{Poles, accumulation_dtype};
+use crate::ops::{Activation, Poles, accumulation_dtype};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
@@ -32,14 +32,20 @@ impl ModalHyena {
     /// Source: Laughing Hyena (Massaroli et al. 2023), section 3.
     ///
     /// # Errors
-    /// Another order, a bidirectional layer, no states, or parameters that are missing or of another shape.
+    /// Another order, a layer that is not causal, one of heads or with an activation, no states, or parameters that are missing or of another shape.
     pub fn distill(config: &HyenaConfig, vb: VarBuilder, states: usize) -> Result<Distilled> {
         if config.order != 2 {
             let expected = "2: layers of more gates than two have no gated modal form";
             return Err(Error::value("distill: order", expected, config.order));
         }
-        if config.bidirectional {
-            return Err(Error::value("distill: hyena", "a causal layer", "a bidirectional one"));
+        config.check_streams()?;
+        if config.heads > 1
+            || config.outer_mixing
+            || config.post_order_ffn
+            || config.activation != Activation::Identity
+        {
+            let expected = "one head, plain gates and no activation: what a gated modal layer has";
+            return Err(Error::value("distill: hyena", expected, format!("{config:?}")));
         }
         let filters = Hyena::new(config, vb.clone())?.filters()?;
         let filter = filters.first().ok_or_else(|| Error::value("distill: filters", "1", 0))?;

@@ -144,6 +144,24 @@ impl<'a> Keys<'a> {
         self.typed(key, "a whole number of at least 1", size)
     }
 
+    /// A whole number, 0 included.
+    pub(super) fn count(&self, key: &str, default: usize) -> Result<usize> {
+        let count = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+        Ok(self.typed(key, "a whole number", count)?.unwrap_or(default))
+    }
+
+    /// The strings of a list.
+    pub(super) fn texts(&self, key: &str) -> Vec<String> {
+        let all = self.value(key).and_then(Value::as_array).into_iter().flatten();
+        all.filter_map(|text| text.as_str().map(String::from)).collect()
+    }
+
+    /// How many labels a classifier tells apart: `num_labels`, or as many as `id2label` names, or 2.
+    pub(super) fn labels(&self) -> Result<usize> {
+        let named = self.value("id2label").and_then(Value::as_object).map(Map::len);
+        Ok(self.size("num_labels")?.or(named).unwrap_or(2))
+    }
+
     pub(super) fn required_size(&self, key: &str) -> Result<usize> {
         self.size(key)?.ok_or_else(|| self.wrong(key, "a whole number of at least 1", "nothing"))
     }

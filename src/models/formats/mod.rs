@@ -14,7 +14,8 @@
 //! | [`Family::RetNetTorchscale`] | `decoder_embed_dim`, no `model_type` | torchscale's `RetNetDecoder` |
 //! | [`Family::RetNetPort`] | `decoder_embed_dim` and `"model_type": "retnet"` | torchscale's, ported to transformers by syncdoth |
 //! | [`Family::HyenaDna`] | `"model_type": "hyenadna"` | transformers (`LongSafari/hyenadna-*-hf`) |
-//! | [`Family::HyenaDnaTraining`] | `d_model` and `layer`, no `model_type` | hyena-dna's training code (`LongSafari/hyenadna-*`) and safari |
+//! | [`Family::HyenaDnaTraining`] | `d_model` and `layer`, no `model_type` | hyena-dna's training code (`LongSafari/hyenadna-*`) |
+//! | [`Family::Safari`] | the same (and tensors without `model.`), or `model_config` | safari's Hyena language models |
 //!
 //! # Keys
 //! Every key of a config is one of these, in this order:
@@ -36,6 +37,7 @@ mod mamba_original;
 mod names;
 mod retnet_fla;
 mod retnet_torchscale;
+mod safari;
 mod striped_hyena;
 
 use super::{MixerConfig, ModelConfig, SpecialTokens};
@@ -80,6 +82,8 @@ pub enum Family {
     HyenaDna,
     /// HyenaDNA as its training code saves it.
     HyenaDnaTraining,
+    /// safari's language models of Hyena layers.
+    Safari,
 }
 
 impl Family {
@@ -98,6 +102,7 @@ impl Family {
             Self::RetNetPort { .. } => "retnet (torchscale, transformers)",
             Self::HyenaDna => "hyenadna",
             Self::HyenaDnaTraining => "hyenadna (training)",
+            Self::Safari => "hyena (safari)",
         }
     }
 
@@ -111,7 +116,8 @@ impl Family {
             Self::Jamba => jamba::upstream_name(own),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).upstream(own),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).upstream(own),
-            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::names(self).upstream(own),
+            Self::HyenaDna => hyena_dna::NAMES.upstream(own),
+            Self::HyenaDnaTraining | Self::Safari => safari::names(self).upstream(own),
         }
     }
 
@@ -125,21 +131,26 @@ impl Family {
             Self::Jamba => jamba::own_name(upstream),
             Self::RetNet { fused_norm } => retnet_fla::names(fused_norm).own(upstream),
             Self::RetNetTorchscale | Self::RetNetPort { .. } => retnet_torchscale::names(self).own(upstream),
-            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::own_name(self, upstream),
+            Self::HyenaDna => hyena_dna::NAMES.own(upstream),
+            Self::HyenaDnaTraining | Self::Safari => safari::own_name(upstream),
         }
     }
 
     /// The parameter that a tensor of ours by name is another name of.
     pub(crate) fn shared(self, own: &str) -> Option<String> {
         match self {
-            Self::HyenaDna | Self::HyenaDnaTraining => hyena_dna::shared(own),
+            Self::HyenaDna | Self::HyenaDnaTraining | Self::Safari => hyena_dna::shared(own),
             _ => None,
         }
     }
 
-    /// Whether files of this family hold the tensor without need.
-    pub(crate) fn ignores(self, upstream: &str) -> bool {
-        matches!(self, Self::StripedHyena | Self::Evo2) && striped_hyena::ignores(upstream)
+    /// Whether files of a model of this family hold the tensor without need.
+    pub(crate) fn ignores(self, config: &ModelConfig, upstream: &str) -> bool {
+        match self {
+            Self::StripedHyena | Self::Evo2 => striped_hyena::ignores(upstream),
+            Self::HyenaDnaTraining | Self::Safari => safari::ignores(config, upstream),
+            _ => false,
+        }
     }
 
     /// Tensors that this family's files hold though they follow from the config: upstream name and values.
@@ -152,7 +163,7 @@ impl Family {
 
     /// Whether the config names the dtype of the weights.
     fn names_dtype(self) -> bool {
-        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale | Self::HyenaDnaTraining)
+        !matches!(self, Self::MambaOriginal | Self::RetNetTorchscale | Self::HyenaDnaTraining | Self::Safari)
     }
 }
 
@@ -173,7 +184,14 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<(ModelConfig, Vec<String
         Some("retnet") => retnet_fla::read(&keys)?,
         Some("hyenadna") => hyena_dna::read(&keys)?,
         Some(other) => return Err(keys.wrong("model_type", MODEL_TYPES, other)),
-        None if keys.has("d_model") && keys.has("layer") => hyena_dna::read_training(&keys)?,
+        None if keys.has(safari::MODEL_CONFIG) => {
+            keys.ignore(&["model_name", "tokenizer_name"]);
+            let inner = keys.object(safari::MODEL_CONFIG)?;
+            let config = safari::read(&inner, Family::Safari)?;
+            inner.refuse_unknown()?;
+            config
+        }
+        None if keys.has("d_model") && keys.has("layer") => safari::read(&keys, Family::HyenaDnaTraining)?,
         None if keys.has("decoder_embed_dim") => retnet_torchscale::read(&keys, false)?,
         None if keys.has("d_model") && keys.has("n_layer") => mamba_original::read(&keys)?,
         None if keys.has("hcl_layer_idxs") => evo2::read(&keys)?,
@@ -181,7 +199,7 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<(ModelConfig, Vec<String
         None => {
             let expected = format!(
                 "{MODEL_TYPES} (or the keys d_model and n_layer of mamba-ssm, decoder_embed_dim of torchscale, \
-                 hyena_layer_idxs of stripedhyena, hcl_layer_idxs of vtx, or d_model and layer of hyena-dna)"
+                 hyena_layer_idxs of stripedhyena, hcl_layer_idxs of vtx, d_model and layer of hyena-dna, or model_config of safari)"
             );
             return Err(keys.wrong("model_type", &expected, "nothing"));
         }
@@ -191,9 +209,14 @@ pub(crate) fn read(path: &Path, value: Value) -> Result<(ModelConfig, Vec<String
     Ok((config, keys.notes()))
 }
 
-/// What the names of a checkpoint's tensors decide where its config and its family's code disagree: fla's model never
-/// passes `use_short_conv` on to its layers, so that checkpoints which ask for short convolutions have none.
-pub(crate) fn settle<'a>(mut config: ModelConfig, mut names: impl Iterator<Item = &'a str>) -> ModelConfig {
+/// What the names of a checkpoint's tensors decide where its config and its family's code disagree, or the config does
+/// not tell: fla's model never passes `use_short_conv` on to its layers, so that checkpoints which ask for short
+/// convolutions have none; safari's and HyenaDNA's training code share their keys.
+pub(crate) fn settle<'a>(config: ModelConfig, mut names: impl Iterator<Item = &'a str>) -> ModelConfig {
+    if config.family == Family::HyenaDnaTraining {
+        return safari::settle(config, names);
+    }
+    let mut config = config;
     if matches!(config.family, Family::RetNet { .. }) && !names.any(|name| name.contains("conv1d.")) {
         for block in &mut config.blocks {
             if let MixerConfig::Retention(mixer) = &mut block.mixer {
@@ -216,7 +239,8 @@ pub(crate) fn write(path: &Path, config: &ModelConfig, dtype: DType) -> Result<V
         Family::Hybrid => hybrid::write(config),
         Family::RetNet { fused_norm } => retnet_fla::write(config, fused_norm),
         Family::RetNetTorchscale | Family::RetNetPort { .. } => retnet_torchscale::write(config),
-        Family::HyenaDna | Family::HyenaDnaTraining => hyena_dna::write(config),
+        Family::HyenaDna => hyena_dna::write(config),
+        Family::HyenaDnaTraining | Family::Safari => safari::write(config),
     }?;
     if config.family.names_dtype() {
         let name = match dtype {

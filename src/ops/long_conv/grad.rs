@@ -1,9 +1,10 @@
 //! The operator in candle's graph.
 
 use super::cpu::backward::{Gradients as Found, Wanted};
+use super::cpu::filter::Spectrum;
 use super::cpu::signal::Signal;
 use super::cpu::{Prepared, Problem};
-use super::plan::{self, Method};
+use super::plan;
 use super::{FilterCache, LongConv, Sizes};
 use crate::autograd::{Gradients, record};
 use crate::backend::cpu::simd::{Element, Isa, Real};
@@ -13,6 +14,7 @@ use crate::{Error, Result};
 use candle_core::{D, DType, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// The convolution of checked and unified arguments on the CPU.
 pub(super) fn on_cpu(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> {
@@ -67,10 +69,14 @@ fn typed<E: Element>(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> 
     let tracked = inputs.iter().any(|x| x.track_op());
     let forward = |problem: Problem<E>| {
         let prepared = problem.prepare(args)?;
-        let y = problem.forward(&prepared);
-        Ok((y, prepared))
+        let y = problem.forward(args, &prepared)?;
+        let kept = match prepared {
+            Prepared::Transformed(_, kept) if args.cache.is_some() => kept,
+            _ => None,
+        };
+        Ok((y, kept))
     };
-    let (y, prepared) = ready.with(args, sizes, isa, forward)?;
+    let (y, kept) = ready.with(args, sizes, isa, forward)?;
     if !tracked {
         return Ok(tensor(y, shape));
     }
@@ -83,7 +89,7 @@ fn typed<E: Element>(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> 
         pre_gate: args.pre_gate.map(Tensor::detach),
         post_gate: args.post_gate.map(Tensor::detach),
         segments: args.segments.cloned(),
-        prepared,
+        kept,
         wanted: Wanted {
             filter: args.filter.track_op()
                 || [args.reverse, args.d].into_iter().flatten().any(|x| x.track_op()),
@@ -99,7 +105,7 @@ fn typed<E: Element>(args: &LongConv, sizes: Sizes, isa: Isa) -> Result<Tensor> 
     Ok(y)
 }
 
-/// The arguments, detached, for the backward pass, and the filter's transform.
+/// The arguments, detached, for the backward pass, and the filter's transform if it is kept anyway.
 struct Saved<E: Element> {
     x: Tensor,
     filter: Tensor,
@@ -109,7 +115,7 @@ struct Saved<E: Element> {
     pre_gate: Option<Tensor>,
     post_gate: Option<Tensor>,
     segments: Option<Segments>,
-    prepared: Prepared<E::Real>,
+    kept: Option<Arc<Spectrum<E::Real>>>,
     wanted: Wanted,
     isa: Isa,
     sizes: Sizes,
@@ -134,18 +140,10 @@ impl<E: Element> Saved<E> {
         let dy = with_unit_stride(dy)?;
         let found = Ready::new(&args)?.with(&args, self.sizes, self.isa, |problem: Problem<E>| {
             let held = Held::new(&dy);
-            let (geometry, spectrum) = match &self.prepared {
-                Prepared::Transformed(geometry, spectrum) => (*geometry, spectrum.clone()),
-                Prepared::Direct(_) => match plan::by_transform(&self.sizes, problem.longest) {
-                    Method::Fft(geometry) | Method::Overlap(geometry) => {
-                        (geometry, problem.spectrum(&args, geometry)?)
-                    }
-                    Method::Direct => {
-                        return Err(Error::value("long_conv: method", "a transform", "another"));
-                    }
-                },
-            };
-            Ok(problem.backward(geometry, &spectrum, held.rows()?, self.wanted))
+            let geometry = plan::by_transform(&self.sizes, problem.longest);
+            // a filter that went tap by tap, or whose transform was made on the way, is transformed here
+            let kept = self.kept.as_deref().filter(|kept| kept.points(problem.lanes) == geometry.points);
+            problem.backward(&args, geometry, kept, held.rows()?, self.wanted)
         })?;
         self.collect(found)
     }

@@ -17,7 +17,9 @@
 //! `X^(2N) + 1`, of which one complex transform of `N` points modulo `X^N - i` tells all ("right-angle" convolution): a
 //! causal filter of the sequence's length takes `N = L` points, without a padded copy. Registers hold one point of as
 //! many channels as there are lanes, so that `[B, L, D]` is read as it lies and every butterfly is full. A transform, the
-//! product and the transform back walk depth first, a cache's worth at a time. Scratch is one window a thread.
+//! product and the transform back walk depth first, a cache's worth at a time. Scratch is a window and a filter's transform
+//! a thread (backward three or four of them), never the transforms of all channels, unless a cache keeps those. Where there
+//! are fewer sequences and blocks of channels than threads, several threads share a transform.
 //!
 //! [`LongConvState`] evaluates the same filter token by token; see there.
 //!

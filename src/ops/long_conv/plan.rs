@@ -1,6 +1,11 @@
 //! How a convolution is computed: by its sizes alone, so that results do not depend on the number of threads.
+//!
+//! In operations on registers an output: a tap costs one, so `K` taps cost `K`, in blocks of the Toeplitz matrix that
+//! registers hold; products of chunks with whole Toeplitz blocks cost up to `2 K` and could only gain where a filter
+//! serves many channels or sequences at a time; windows of transforms cost about 44 whatever the filter. So blocks of the
+//! Toeplitz matrix end where transforms begin.
 
-use super::{Segments, Sizes};
+use super::Sizes;
 
 /// Filters of up to so many taps (both directions together) are summed tap by tap.
 const DIRECT_TAPS: usize = 48;
@@ -11,7 +16,7 @@ const WINDOW: usize = 2048;
 /// How a convolution is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Method {
-    /// Tap by tap, a block of the Toeplitz matrix in registers.
+    /// Blocks of the Toeplitz matrix in registers, tap by tap.
     Direct,
     /// One transform of the whole sequence.
     Fft(Geometry),
@@ -37,22 +42,24 @@ pub(crate) fn method(sizes: &Sizes, length: usize) -> Method {
     let (taps, reverse) = (sizes.taps.min(length), sizes.reverse.min(length));
     match taps + reverse <= DIRECT_TAPS {
         true => Method::Direct,
-        false => by_transform(sizes, length),
+        false => match by_transform(sizes, length) {
+            window if window.step == length => Method::Fft(window),
+            window => Method::Overlap(window),
+        },
     }
 }
 
-/// The method among the transforms, as the backward pass wants it.
-pub(crate) fn by_transform(sizes: &Sizes, length: usize) -> Method {
+/// The windows of transforms, whatever the method: the backward pass goes by them.
+pub(crate) fn by_transform(sizes: &Sizes, length: usize) -> Geometry {
     let (taps, reverse) = (sizes.taps.min(length), sizes.reverse.min(length));
     let longest = taps.max(reverse).max(1);
     let whole = fft_points((length + longest - 1).div_ceil(2).max(length.div_ceil(2)));
     let (before, behind) = (taps - 1, reverse.saturating_sub(1));
     let points = fft_points((4 * (before + behind)).max(WINDOW));
     if whole <= 2 * points {
-        let window = Geometry { points: whole, before: 0, step: length, behind: 0 };
-        return Method::Fft(window);
+        return Geometry { points: whole, before: 0, step: length, behind: 0 };
     }
-    Method::Overlap(Geometry { points, before, step: 2 * points - before - behind, behind })
+    Geometry { points, before, step: 2 * points - before - behind, behind }
 }
 
 /// The cost of a butterfly stage for one point.
@@ -101,20 +108,6 @@ pub(crate) fn radices(points: usize) -> Vec<usize> {
         rest /= 4;
     }
     radices
-}
-
-/// The tokens of each sequence of row `row`, in order.
-pub(crate) fn sequences(segments: &Segments, row: usize) -> Vec<Vec<usize>> {
-    let mut all: Vec<Vec<usize>> = vec![];
-    for run in segments.row(row) {
-        if run.fresh || all.is_empty() {
-            all.push(vec![]);
-        }
-        if let Some(sequence) = all.last_mut() {
-            sequence.extend(run.tokens.clone());
-        }
-    }
-    all
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ pub fn long_conv_reference(args: &LongConv) -> Result<Tensor> {
     let mut rows = vec![];
     for row in 0..b {
         let mut y = vec![Tensor::zeros((1, d), dtype, v.device())?; past + l];
-        for tokens in super::plan::sequences(&segments, row) {
+        for tokens in segments.sequences(row) {
             let index: Vec<u32> = tokens.iter().map(|&t| t as u32).collect();
             let n = index.len();
             let v = v.get(row)?.index_select(&Tensor::new(index, v.device())?, 0)?;

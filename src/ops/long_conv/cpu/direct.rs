@@ -3,9 +3,10 @@
 //! A tap of an output is one multiply-add and one load from the first cache, which is what a core does in half a cycle.
 
 use super::filter::Layout;
+use super::signal::Track;
 use super::{Problem, block};
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
-use crate::backend::cpu::view::{Outlet, load, store};
+use crate::backend::cpu::view::{Outlet, store};
 
 /// Outputs summed at a time.
 const OUTPUTS: usize = 8;
@@ -28,6 +29,8 @@ impl<E: Element> Kernel<E::Real> for Forward<'_, E> {
         let p = self.problem;
         let sequence = &p.sequences[self.sequence];
         let channels = block(self.block, S::LANES, p.sizes.channels);
+        let input = p.input.track(sequence.row, &channels);
+        let post_gate = p.post_gate.as_ref().map(|gate| Track::new(gate, sequence.row, &channels));
         let (taps, lags) = (self.layout.block(self.block), self.layout.lags);
         // lags of the past, and of the future
         let (past, future) = (lags - 1 - self.layout.origin, self.layout.origin);
@@ -38,10 +41,7 @@ impl<E: Element> Kernel<E::Real> for Forward<'_, E> {
             for (i, to) in inputs.chunks_exact_mut(S::LANES).enumerate() {
                 let position = (start + i).checked_sub(past).filter(|&position| position < sequence.len());
                 let value = match position {
-                    Some(position) => {
-                        let at = [sequence.row, sequence.token(position)];
-                        p.input.load(s, at, channels.start, channels.len())
-                    }
+                    Some(position) => input.load(s, sequence.token(position)),
                     None => s.splat(E::Real::ZERO),
                 };
                 // SAFETY: the chunk is one register.
@@ -51,9 +51,8 @@ impl<E: Element> Kernel<E::Real> for Forward<'_, E> {
                 let sums = outputs(s, taps, &inputs[(first - start) * S::LANES..], lags);
                 for (position, mut y) in (first..end).zip(sums) {
                     let token = sequence.token(position);
-                    if let Some(gate) = &p.post_gate {
-                        y = s
-                            .mul(y, load(s, gate.row([sequence.row, token]), channels.start, channels.len()));
+                    if let Some(gate) = &post_gate {
+                        y = s.mul(y, gate.load(s, token));
                     }
                     let place = (sequence.row * p.sizes.length + token) * p.sizes.channels + channels.start;
                     let to = self.y.at(place, channels.len());

@@ -10,11 +10,29 @@
 //! Data is `[N]` of a register of real and a register of imaginary parts. A stage of radix 4 takes 28 operations on
 //! registers for 4 points, 8 loads and 8 stores.
 
+pub(in super::super) use super::butterfly::Complex;
+use super::butterfly::{backward, forward};
 use crate::backend::cpu::simd::{Isa, Kernel, Real, Simd};
+use crate::backend::cpu::view::Outlet;
 use crate::ops::long_conv::plan::radices;
+use rayon::prelude::*;
+use std::ops::Range;
 
 /// Points that go through all remaining stages at a time: 32 KiB of f32 in AVX-512 registers, the first cache.
 const BLOCK: usize = 256;
+
+/// Points from which on a walk is worth the while of several threads.
+const SPREAD: usize = 1 << 13;
+/// Pieces of a stage that several threads take.
+const PIECES: usize = 16;
+
+/// How a walk is computed.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct How {
+    pub(in super::super) isa: Isa,
+    /// Whether threads are idle unless several share a walk. The result is the same either way.
+    pub(in super::super) spread: bool,
+}
 
 /// The transform of one size.
 #[derive(Debug)]
@@ -33,7 +51,7 @@ struct Stage<T> {
 }
 
 /// What is done with the numbers that the last stage leaves.
-pub(in super::super) trait Leaf<T: Real> {
+pub(in super::super) trait Leaf<T: Real>: Sync {
     /// Whether the stages forward are walked before.
     const FORWARD: bool = true;
     /// Whether the stages backward are walked after.
@@ -43,119 +61,6 @@ pub(in super::super) trait Leaf<T: Real> {
     /// # Safety
     /// `index` is below the number of points.
     unsafe fn at<S: Simd<T>>(&self, s: S, index: usize, value: Complex<S::V>) -> Complex<S::V>;
-}
-
-/// A complex number a lane.
-#[derive(Clone, Copy)]
-pub(in super::super) struct Complex<V> {
-    pub(in super::super) re: V,
-    pub(in super::super) im: V,
-}
-
-impl<V: Copy> Complex<V> {
-    /// `self w`
-    #[inline(always)]
-    pub(in super::super) fn times<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
-        let re = s.nfma(self.im, w.im, s.mul(self.re, w.re));
-        let im = s.fma(self.im, w.re, s.mul(self.re, w.im));
-        Self { re, im }
-    }
-    /// `self conj(w)`
-    #[inline(always)]
-    pub(in super::super) fn times_conjugate<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
-        let re = s.fma(self.im, w.im, s.mul(self.re, w.re));
-        let im = s.nfma(self.re, w.im, s.mul(self.im, w.re));
-        Self { re, im }
-    }
-    #[inline(always)]
-    fn plus<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
-        Self { re: s.add(self.re, w.re), im: s.add(self.im, w.im) }
-    }
-    #[inline(always)]
-    fn minus<T: Real, S: Simd<T, V = V>>(self, s: S, w: Self) -> Self {
-        Self { re: s.sub(self.re, w.re), im: s.sub(self.im, w.im) }
-    }
-    /// `self + x w`, for real `x`
-    #[inline(always)]
-    fn plus_scaled<T: Real, S: Simd<T, V = V>>(self, s: S, x: T, w: Self) -> Self {
-        Self { re: s.fma(s.splat(x), w.re, self.re), im: s.fma(s.splat(x), w.im, self.im) }
-    }
-    /// `i self`
-    #[inline(always)]
-    fn turned<T: Real, S: Simd<T, V = V>>(self, s: S) -> Self {
-        Self { re: s.sub(s.splat(T::ZERO), self.im), im: self.re }
-    }
-    /// Real and imaginary part exchanged: a transform of such is the transform back, so exchanged.
-    #[inline(always)]
-    fn swapped(self) -> Self {
-        Self { re: self.im, im: self.re }
-    }
-    /// From where the registers lie one after the other.
-    ///
-    /// # Safety
-    /// `p` points at two registers.
-    #[inline(always)]
-    pub(in super::super) unsafe fn load<T: Real, S: Simd<T, V = V>>(s: S, p: *const T) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { Self { re: s.load(p), im: s.load(p.add(S::LANES)) } }
-    }
-    /// To where two registers have room.
-    ///
-    /// # Safety
-    /// `p` points at two registers.
-    #[inline(always)]
-    pub(in super::super) unsafe fn store<T: Real, S: Simd<T, V = V>>(self, s: S, p: *mut T) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            s.store(p, self.re);
-            s.store(p.add(S::LANES), self.im);
-        }
-    }
-}
-
-/// `sum_q a[q] w^(jq)` for every `j`, with `w = e^(2 pi i / R)`.
-#[inline(always)]
-fn butterfly<T: Real, S: Simd<T>, const R: usize>(s: S, a: &mut [Complex<S::V>; R]) {
-    match R {
-        2 => (a[0], a[1]) = (a[0].plus(s, a[1]), a[0].minus(s, a[1])),
-        3 => {
-            let (sum, difference) = (a[1].plus(s, a[2]), a[1].minus(s, a[2]));
-            let middle = a[0].plus_scaled(s, T::from_f64(-0.5), sum);
-            let turned = difference.turned(s);
-            let sine = T::from_f64(0.75f64.sqrt());
-            a[0] = a[0].plus(s, sum);
-            a[1] = middle.plus_scaled(s, sine, turned);
-            a[2] = middle.plus_scaled(s, -sine, turned);
-        }
-        4 => {
-            let (even, odd) = (a[0].plus(s, a[2]), a[1].plus(s, a[3]));
-            let (low, high) = (a[0].minus(s, a[2]), a[1].minus(s, a[3]));
-            a[0] = even.plus(s, odd);
-            a[2] = even.minus(s, odd);
-            a[1] = Complex { re: s.sub(low.re, high.im), im: s.add(low.im, high.re) };
-            a[3] = Complex { re: s.add(low.re, high.im), im: s.sub(low.im, high.re) };
-        }
-        5 => {
-            let turn = |k: f64| (k * std::f64::consts::TAU / 5.0).sin_cos();
-            let [(s1, c1), (s2, c2)] = [turn(1.0), turn(2.0)];
-            let [s1, c1, s2, c2] = [s1, c1, s2, c2].map(T::from_f64);
-            let (p1, p2) = (a[1].plus(s, a[4]), a[2].plus(s, a[3]));
-            let (m1, m2) = (a[1].minus(s, a[4]).turned(s), a[2].minus(s, a[3]).turned(s));
-            let zero = Complex { re: s.splat(T::ZERO), im: s.splat(T::ZERO) };
-            let middle = [
-                a[0].plus_scaled(s, c1, p1).plus_scaled(s, c2, p2),
-                a[0].plus_scaled(s, c2, p1).plus_scaled(s, c1, p2),
-            ];
-            let side = [
-                zero.plus_scaled(s, s1, m1).plus_scaled(s, s2, m2),
-                zero.plus_scaled(s, s2, m1).plus_scaled(s, -s1, m2),
-            ];
-            a[0] = a[0].plus(s, p1).plus(s, p2);
-            (a[1], a[4]) = (middle[0].plus(s, side[0]), middle[0].minus(s, side[0]));
-            (a[2], a[3]) = (middle[1].plus(s, side[1]), middle[1].minus(s, side[1]));
-        }
-        _ => {}
-    }
 }
 
 impl<T: Real> Fft<T> {
@@ -184,31 +89,61 @@ impl<T: Real> Fft<T> {
         self.points
     }
 
-    /// Walks `data`, `[N]` pairs of registers of `isa`, through the stages forward, `leaf`, and the stages backward: depth
-    /// first, so that what fits in the cache stays there. Backward nothing is scaled: the result is `N` times too large.
-    pub(in super::super) fn walk<L: Leaf<T>>(&self, isa: Isa, data: &mut [T], leaf: L) {
-        T::dispatch_on(isa, Walk { fft: self, data, leaf });
+    /// Walks `data`, `[N]` pairs of registers, through the stages forward, `leaf`, and the stages backward: depth first,
+    /// so that what fits in the cache stays there. Backward nothing is scaled: the result is `N` times too large.
+    pub(in super::super) fn walk<L: Leaf<T>>(&self, how: How, data: &mut [T], leaf: L) {
+        assert!(data.len().is_multiple_of(2 * self.points));
+        let isa = how.isa;
+        let (data, leaf) = (Outlet::new(data), &leaf);
+        let walk = |level: usize, part: Range<usize>| {
+            T::dispatch_on(isa, Walk { fft: self, data: &data, leaf, level, part });
+        };
+        if !how.spread || self.points < SPREAD {
+            return walk(0, 0..self.points);
+        }
+        let top = &self.stages[0];
+        let part = self.points / top.radix;
+        let stage = |forward: bool| {
+            (0..PIECES).into_par_iter().for_each(|i| {
+                let places = i * part / PIECES..(i + 1) * part / PIECES;
+                T::dispatch_on(isa, Top { stage: top, data: &data, places, forward });
+            });
+        };
+        if L::FORWARD {
+            stage(true);
+        }
+        (0..top.radix).into_par_iter().for_each(|residue| walk(1, residue * part..(residue + 1) * part));
+        if L::BACKWARD {
+            stage(false);
+        }
     }
 
+    /// The points `part`, whole residues of stage `level`, through that stage and those that follow.
+    ///
+    /// # Safety
+    /// `data` holds all points; nobody else uses those of `part`.
     #[inline(always)]
-    fn walk_with<S: Simd<T>, L: Leaf<T>>(&self, s: S, data: &mut [T], leaf: &L) {
-        assert_eq!(data.len(), self.points * 2 * S::LANES);
-        let data = data.as_mut_ptr();
+    unsafe fn walk_with<S: Simd<T>, L: Leaf<T>>(
+        &self,
+        s: S,
+        data: *mut T,
+        leaf: &L,
+        level: usize,
+        part: Range<usize>,
+    ) {
         let last = self.stages.len() - 1;
-        let small = self.stages.iter().position(|stage| stage.size <= BLOCK).unwrap_or(last);
+        let small = self.stages.iter().position(|stage| stage.size <= BLOCK).unwrap_or(last).max(level);
         let size = self.stages[small].size;
-        for block in 0..self.points / size {
-            let start = block * size;
-            for stage in
-                self.stages[..small].iter().filter(|stage| L::FORWARD && start.is_multiple_of(stage.size))
-            {
-                // SAFETY: the residue that begins at `start` lies within the data.
-                unsafe { stage.run::<S, true>(s, data, start / stage.size) };
+        let large = &self.stages[level..small];
+        for start in part.step_by(size) {
+            for stage in large.iter().filter(|stage| L::FORWARD && start.is_multiple_of(stage.size)) {
+                // SAFETY: the residue that begins at `start` lies within the part.
+                unsafe { stage.run::<S, true>(s, data, start / stage.size, 0..stage.part()) };
             }
             for stage in self.stages[small..last].iter().filter(|_| L::FORWARD) {
                 for residue in start / stage.size..(start + size) / stage.size {
                     // SAFETY: as above.
-                    unsafe { stage.run::<S, true>(s, data, residue) };
+                    unsafe { stage.run::<S, true>(s, data, residue, 0..stage.part()) };
                 }
             }
             for residue in start / 4..(start + size) / 4 {
@@ -218,17 +153,13 @@ impl<T: Real> Fft<T> {
             for stage in self.stages[small..last].iter().rev().filter(|_| L::BACKWARD) {
                 for residue in start / stage.size..(start + size) / stage.size {
                     // SAFETY: as above.
-                    unsafe { stage.run::<S, false>(s, data, residue) };
+                    unsafe { stage.run::<S, false>(s, data, residue, 0..stage.part()) };
                 }
             }
             let end = start + size;
-            for stage in self.stages[..small]
-                .iter()
-                .rev()
-                .filter(|stage| L::BACKWARD && end.is_multiple_of(stage.size))
-            {
+            for stage in large.iter().rev().filter(|stage| L::BACKWARD && end.is_multiple_of(stage.size)) {
                 // SAFETY: as above.
-                unsafe { stage.run::<S, false>(s, data, end / stage.size - 1) };
+                unsafe { stage.run::<S, false>(s, data, end / stage.size - 1, 0..stage.part()) };
             }
         }
     }
@@ -237,32 +168,70 @@ impl<T: Real> Fft<T> {
 /// A walk as a kernel of its own: compiled once for each leaf, not for each dtype that windows are loaded from.
 struct Walk<'a, T, L> {
     fft: &'a Fft<T>,
-    data: &'a mut [T],
-    leaf: L,
+    data: &'a Outlet<'a, T>,
+    leaf: &'a L,
+    level: usize,
+    part: Range<usize>,
 }
 
 impl<T: Real, L: Leaf<T>> Kernel<T> for Walk<'_, T, L> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        self.fft.walk_with(s, self.data, &self.leaf);
+        let data = self.data.at(0, self.fft.points * 2 * S::LANES);
+        // SAFETY: at() checked that all points are there; parts that are walked at a time do not overlap.
+        unsafe { self.fft.walk_with(s, data, self.leaf, self.level, self.part) };
+    }
+}
+
+/// Some places of the first stage.
+struct Top<'a, T> {
+    stage: &'a Stage<T>,
+    data: &'a Outlet<'a, T>,
+    places: Range<usize>,
+    forward: bool,
+}
+
+impl<T: Real> Kernel<T> for Top<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, s: S) {
+        let data = self.data.at(0, self.stage.size * 2 * S::LANES);
+        // SAFETY: at() checked that the residue is there; nobody else uses these places of its parts.
+        unsafe {
+            match self.forward {
+                true => self.stage.run::<S, true>(s, data, 0, self.places),
+                false => self.stage.run::<S, false>(s, data, 0, self.places),
+            }
+        }
     }
 }
 
 impl<T: Real> Stage<T> {
-    /// One residue, forward or backward.
+    /// Places of a part.
+    fn part(&self) -> usize {
+        self.size / self.radix
+    }
+
+    /// One residue, some places of its parts, forward or backward.
     ///
     /// # Safety
-    /// `data` points at more than `residue` residues of this stage's size.
+    /// `data` points at more than `residue` residues of this stage's size; `places` are below `part()`.
     #[inline(always)]
-    unsafe fn run<S: Simd<T>, const FORWARD: bool>(&self, s: S, data: *mut T, residue: usize) {
+    unsafe fn run<S: Simd<T>, const FORWARD: bool>(
+        &self,
+        s: S,
+        data: *mut T,
+        residue: usize,
+        places: Range<usize>,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             match self.radix {
-                4 => self.parts::<S, 4, FORWARD>(s, data, residue),
-                2 => self.parts::<S, 2, FORWARD>(s, data, residue),
-                3 => self.parts::<S, 3, FORWARD>(s, data, residue),
-                _ => self.parts::<S, 5, FORWARD>(s, data, residue),
+                4 => self.parts::<S, 4, FORWARD>(s, data, residue, places),
+                2 => self.parts::<S, 2, FORWARD>(s, data, residue, places),
+                3 => self.parts::<S, 3, FORWARD>(s, data, residue, places),
+                _ => self.parts::<S, 5, FORWARD>(s, data, residue, places),
             }
         }
     }
@@ -286,13 +255,15 @@ impl<T: Real> Stage<T> {
         s: S,
         data: *mut T,
         residue: usize,
+        places: Range<usize>,
     ) {
         let twiddles = self.twiddles::<S, R>(s, residue);
-        let part = self.size / R * 2 * S::LANES;
+        let width = 2 * S::LANES;
+        let part = self.size / R * width;
         // SAFETY: the residue is of R parts, each of `part` numbers.
         unsafe {
             let data = data.add(residue * R * part);
-            for place in (0..part).step_by(2 * S::LANES) {
+            for place in (places.start * width..places.end * width).step_by(width) {
                 let mut a: [Complex<S::V>; R] =
                     std::array::from_fn(|q| Complex::load(s, data.add(q * part + place)));
                 if FORWARD {
@@ -332,23 +303,5 @@ impl<T: Real> Stage<T> {
                 a.store(s, data.add(q * width));
             }
         }
-    }
-}
-
-#[inline(always)]
-fn forward<T: Real, S: Simd<T>, const R: usize>(s: S, a: &mut [Complex<S::V>; R], w: &[Complex<S::V>; R]) {
-    for q in 1..R {
-        a[q] = a[q].times(s, w[q]);
-    }
-    butterfly(s, a);
-}
-
-#[inline(always)]
-fn backward<T: Real, S: Simd<T>, const R: usize>(s: S, a: &mut [Complex<S::V>; R], w: &[Complex<S::V>; R]) {
-    *a = a.map(Complex::swapped);
-    butterfly(s, a);
-    *a = a.map(Complex::swapped);
-    for q in 1..R {
-        a[q] = a[q].times_conjugate(s, w[q]);
     }
 }

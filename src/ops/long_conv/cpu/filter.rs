@@ -1,11 +1,12 @@
 //! Filters as the kernels want them: taps by lag, lanes over channels, and their transforms.
 
-use super::fft::{Complex, Fft, Leaf};
+use super::fft::{Complex, Fft, How, Leaf};
 use super::window::AHEAD;
 use super::{block, lanes};
 use crate::Result;
+use crate::backend::cpu::memory;
 use crate::backend::cpu::simd::{Element, Isa, Kernel, MAX_LANES, Real, Simd};
-use crate::backend::cpu::view::{Held, Outlet, Rows, load, with_unit_stride};
+use crate::backend::cpu::view::{Held, Rows, load, with_unit_stride};
 use crate::ops::long_conv::{LongConv, Sizes};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -144,40 +145,55 @@ impl<T: Real> Layout<T> {
     }
 }
 
-/// The transform of the filters, `[blocks, N, 2, LANES]`, divided by `N`; the skip weight is part of it.
+/// What the transforms of filters are made of.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Filter<'a, T: Real> {
+    pub(in super::super) how: How,
+    pub(in super::super) fft: &'a Fft<T>,
+    pub(in super::super) taps: &'a Taps<'a, T>,
+    pub(in super::super) sizes: &'a Sizes,
+    /// The most tokens of a sequence.
+    pub(in super::super) longest: usize,
+}
+
+impl<T: Real> Filter<'_, T> {
+    /// Numbers of a block's transform.
+    pub(in super::super) fn size(&self) -> usize {
+        self.fft.points() * 2 * lanes::<T>(self.how.isa)
+    }
+
+    /// The transform of one block, `[N, 2, LANES]`, divided by `N`; the skip weight is part of it.
+    pub(in super::super) fn transform(&self, index: usize, to: &mut [T]) {
+        assert_eq!(to.len(), self.size());
+        let Self { how, fft, taps, sizes, longest } = *self;
+        let channels = block(index, lanes::<T>(how.isa), sizes.channels);
+        T::dispatch_on(
+            how.isa,
+            Place { points: fft.points(), taps, sizes, channels, longest, to: to.as_mut_ptr() },
+        );
+        fft.walk(how, to, Forwards);
+    }
+}
+
+/// The transforms of all blocks, one behind another.
 pub(in super::super) struct Spectrum<T> {
     size: usize,
     values: Vec<T>,
 }
 
 impl<T: Real> Spectrum<T> {
-    /// For sequences of at most `longest` tokens.
-    pub(in super::super) fn new(
-        isa: Isa,
-        fft: &Fft<T>,
-        taps: &Taps<'_, T>,
-        sizes: &Sizes,
-        longest: usize,
-    ) -> Self {
-        let lanes = lanes::<T>(isa);
-        let size = fft.points() * 2 * lanes;
-        let blocks = sizes.channels.div_ceil(lanes);
-        let mut values: Vec<T> = Vec::new();
-        {
-            let outlet = Outlet::fresh(&mut values, blocks * size);
-            (0..blocks).into_par_iter().for_each(|index| {
-                let to = outlet.at(index * size, size);
-                let channels = block(index, lanes, sizes.channels);
-                let points = fft.points();
-                T::dispatch_on(isa, Place { points, taps, sizes, channels, longest, to });
-                // SAFETY: at() checked the place, which is this block's own and has just been filled.
-                let values = unsafe { std::slice::from_raw_parts_mut(to, size) };
-                fft.walk(isa, values, Forwards);
-            });
-        }
-        // SAFETY: every block was filled.
-        unsafe { values.set_len(blocks * size) };
+    pub(in super::super) fn new(filter: &Filter<T>) -> Self {
+        let size = filter.size();
+        let blocks = filter.sizes.channels.div_ceil(lanes::<T>(filter.how.isa));
+        let mut values: Vec<T> = memory::with_capacity(blocks * size);
+        values.resize(blocks * size, T::ZERO);
+        values.par_chunks_mut(size).enumerate().for_each(|(index, to)| filter.transform(index, to));
         Self { size, values }
+    }
+
+    /// Points of a transform of so many lanes.
+    pub(in super::super) fn points(&self, lanes: usize) -> usize {
+        self.size / (2 * lanes)
     }
 
     /// The transform of one block.

@@ -8,6 +8,7 @@
 //! about 100 at `N = 4096`, while memory sees 3 numbers a point and channel (input, output and half the spectrum's).
 
 pub(super) mod backward;
+mod butterfly;
 pub(super) mod cache;
 pub(super) mod direct;
 pub(super) mod fft;
@@ -20,13 +21,13 @@ use super::{LongConv, Segments, Sizes};
 use crate::Result;
 use crate::backend::cpu::simd::{Element, Isa, Real, Simd};
 use crate::backend::cpu::view::{Outlet, Rows};
-use fft::Fft;
-use filter::{HeldTaps, Layout, Spectrum, Taps};
+use fft::{Fft, How};
+use filter::{Filter, HeldTaps, Layout, Spectrum, Taps};
 use rayon::prelude::*;
 use signal::{Sequence, Signal};
 use std::ops::Range;
 use std::sync::Arc;
-use window::{Pool, Scratch};
+use window::lend;
 
 /// Lanes of `isa` for `T`.
 pub(super) fn lanes<T: Real>(isa: Isa) -> usize {
@@ -64,8 +65,13 @@ pub(super) struct Problem<'a, E: Element> {
 /// How a filter was prepared for the method.
 pub(super) enum Prepared<T> {
     Direct(Layout<T>),
-    Transformed(Geometry, Arc<Spectrum<T>>),
+    /// The transform where it is kept from call to call; else each block's is made where it is needed, so that there
+    /// are never all of them.
+    Transformed(Geometry, Option<Arc<Spectrum<T>>>),
 }
+
+/// Blocks a thread, at least, for whole blocks to be its tasks.
+const BLOCKS: usize = 2;
 
 impl<'a, E: Element> Problem<'a, E> {
     pub(super) fn new(
@@ -88,74 +94,99 @@ impl<'a, E: Element> Problem<'a, E> {
 
     /// The filter in the form the method wants it in, from the cache if it is there.
     pub(super) fn prepare(&self, args: &LongConv) -> Result<Prepared<E::Real>> {
-        match plan::method(&self.sizes, self.longest) {
+        let geometry = match plan::method(&self.sizes, self.longest) {
             Method::Direct => {
                 let layout = |taps: &Taps<_>| Layout::new(self.isa, taps, &self.sizes, self.longest);
-                Ok(Prepared::Direct(HeldTaps::new(args)?.with(layout)?))
+                return Ok(Prepared::Direct(HeldTaps::new(args)?.with(layout)?));
             }
-            Method::Fft(window) | Method::Overlap(window) => {
-                Ok(Prepared::Transformed(window, self.spectrum(args, window)?))
+            Method::Fft(geometry) | Method::Overlap(geometry) => geometry,
+        };
+        let held = HeldTaps::new(args)?;
+        let shared = self.sequences.len() > 1 && self.blocks() < BLOCKS * rayon::current_num_threads();
+        let made = held.with(|taps: &Taps<'_, E::Real>| {
+            let fft = cache::plan::<E::Real>(geometry.points);
+            let make = || Spectrum::new(&self.filter(&fft, taps));
+            match args.cache {
+                Some(cache) => {
+                    let key = cache::Key::new(taps, &self.sizes, self.longest, geometry.points, self.lanes);
+                    Some(cache.get_or_make(key, make))
+                }
+                None => shared.then(|| Arc::new(make())),
             }
-        }
+        })?;
+        Ok(Prepared::Transformed(geometry, made))
     }
 
-    /// The filter's transform for windows of `geometry`.
-    pub(super) fn spectrum(&self, args: &LongConv, geometry: Geometry) -> Result<Arc<Spectrum<E::Real>>> {
-        let held = HeldTaps::new(args)?;
-        let make = |taps: &Taps<'_, E::Real>| {
-            let fft = cache::plan::<E::Real>(geometry.points);
-            Spectrum::new(self.isa, &fft, taps, &self.sizes, self.longest)
-        };
-        match args.cache {
-            Some(cache) => held.with(|taps| {
-                let key = cache::Key::new(taps, &self.sizes, self.longest, geometry.points, self.lanes);
-                cache.get_or_make(key, || make(taps))
-            }),
-            None => held.with(|taps| Arc::new(make(taps))),
-        }
+    /// How walks go where there are so many `tasks`.
+    fn how(&self, tasks: usize) -> How {
+        How { isa: self.isa, spread: tasks < rayon::current_num_threads() }
+    }
+
+    fn filter<'f>(&'f self, fft: &'f Fft<E::Real>, taps: &'f Taps<'f, E::Real>) -> Filter<'f, E::Real> {
+        Filter { how: self.how(self.blocks()), fft, taps, sizes: &self.sizes, longest: self.longest }
     }
 
     /// The output, `[B, L, D]`.
-    pub(super) fn forward(&self, prepared: &Prepared<E::Real>) -> Vec<E> {
+    pub(super) fn forward(&self, args: &LongConv, prepared: &Prepared<E::Real>) -> Result<Vec<E>> {
         let elements = self.sizes.elements();
         let mut y: Vec<E> = Vec::new();
         {
             let y = Outlet::fresh_or_zeroed(&mut y, elements, self.padded);
-            let blocks = self.blocks();
-            // a row's blocks one after another: neighbours read the same lines
-            let tasks: Vec<(usize, usize)> =
-                (0..self.sequences.len()).flat_map(|q| (0..blocks).map(move |b| (q, b))).collect();
             match prepared {
-                Prepared::Direct(layout) => tasks.par_iter().for_each(|&(sequence, block)| {
+                Prepared::Direct(layout) => self.tasks().par_iter().for_each(|&(sequence, block)| {
                     let kernel = direct::Forward { problem: self, layout, sequence, block, y: &y };
                     E::Real::dispatch_on(self.isa, kernel);
                 }),
-                Prepared::Transformed(geometry, spectrum) => {
+                Prepared::Transformed(geometry, kept) => {
                     let fft = cache::plan::<E::Real>(geometry.points);
-                    let pool = Pool::new();
-                    let make = || Scratch::<E::Real>::new(&fft, self.lanes);
-                    tasks.par_iter().for_each(|&(sequence, block)| {
-                        pool.lend(make, |scratch| {
-                            let (problem, fft, geometry) = (self, &*fft, *geometry);
-                            let kernel = window::Forward {
-                                problem,
-                                fft,
-                                geometry,
-                                spectrum,
-                                sequence,
-                                block,
-                                y: &y,
-                                scratch,
-                            };
-                            E::Real::dispatch_on(self.isa, kernel);
+                    let size = fft.points() * 2 * self.lanes;
+                    let how = self.how(self.blocks() * self.sequences.len());
+                    let convolve = |sequence, block, spectrum: &[E::Real], window: &mut [E::Real]| {
+                        let (problem, fft, geometry, y) = (self, &*fft, *geometry, &y);
+                        let kernel = window::Forward {
+                            problem,
+                            how,
+                            fft,
+                            geometry,
+                            spectrum,
+                            sequence,
+                            block,
+                            y,
+                            window,
+                        };
+                        E::Real::dispatch_on(self.isa, kernel);
+                    };
+                    if let Some(kept) = kept {
+                        self.tasks().par_iter().for_each(|&(sequence, block)| {
+                            lend(size, |[window]| convolve(sequence, block, kept.block(block), window));
                         });
-                    });
+                    } else {
+                        HeldTaps::new(args)?.with(|taps| {
+                            let filter = self.filter(&fft, taps);
+                            (0..self.blocks()).into_par_iter().for_each(|block| {
+                                lend(size, |[spectrum, window]| {
+                                    filter.transform(block, spectrum);
+                                    let sequences = 0..self.sequences.len();
+                                    sequences
+                                        .for_each(|sequence| convolve(sequence, block, spectrum, window));
+                                });
+                            });
+                        })?;
+                    }
                 }
             }
         }
         // SAFETY: padding was zeroed; every other token lies in a sequence, whose tasks wrote all of its channels.
         unsafe { y.set_len(elements) };
-        y
+        Ok(y)
+    }
+
+    /// All sequences and blocks; a row's blocks one after another: neighbours read the same lines.
+    fn tasks(&self) -> Vec<(usize, usize)> {
+        let blocks = self.blocks();
+        (0..self.sequences.len())
+            .flat_map(|sequence| (0..blocks).map(move |block| (sequence, block)))
+            .collect()
     }
 }
 

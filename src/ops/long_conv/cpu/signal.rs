@@ -3,7 +3,7 @@
 use crate::backend::cpu::simd::{Element, Simd};
 use crate::backend::cpu::view::{Rows, load};
 use crate::ops::Segments;
-use crate::ops::long_conv::plan;
+use std::ops::Range;
 
 /// The tokens of one sequence.
 #[derive(Clone, Debug)]
@@ -28,7 +28,7 @@ impl Sequence {
             return (0..batch).map(|row| Self { row, tokens: Tokens::First(length) }).collect();
         };
         let listed = |row| {
-            let of_row = plan::sequences(segments, row).into_iter();
+            let of_row = segments.sequences(row).into_iter();
             of_row.map(move |tokens| Self { row, tokens: Tokens::Listed(tokens) })
         };
         (0..batch).flat_map(listed).collect()
@@ -59,23 +59,65 @@ pub(in super::super) struct Signal<'a, E: Element> {
     pub(in super::super) gate: Option<Rows<'a, E>>,
 }
 
-impl<E: Element> Signal<'_, E> {
-    /// `n` channels from `c` of one token.
+impl<'a, E: Element> Signal<'a, E> {
+    /// One row and block of channels of it.
+    pub(in super::super) fn track(&self, row: usize, channels: &Range<usize>) -> SignalTrack<'a, E> {
+        let track = |rows: &Rows<'a, E>| Track::new(rows, row, channels);
+        SignalTrack { values: track(&self.values), gate: self.gate.as_ref().map(track) }
+    }
+}
+
+/// The values of one row and one block of channels, token by token.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Track<'a, E> {
+    data: &'a [E],
+    stride: usize,
+    count: usize,
+}
+
+impl<'a, E: Element> Track<'a, E> {
+    pub(in super::super) fn new(rows: &Rows<'a, E>, row: usize, channels: &Range<usize>) -> Self {
+        let (data, stride) = rows.from([row, 0], 1);
+        Self { data: &data[channels.start..], stride, count: channels.len() }
+    }
+
+    /// The block's channels of one token.
     #[inline(always)]
-    pub(super) fn load<S: Simd<E::Real>>(&self, s: S, at: [usize; 2], c: usize, n: usize) -> S::V {
-        let x = load(s, self.values.row(at), c, n);
+    pub(in super::super) fn load<S: Simd<E::Real>>(&self, s: S, token: usize) -> S::V {
+        load(s, self.data, token * self.stride, self.count)
+    }
+
+    /// Asks for their memory.
+    #[inline(always)]
+    pub(in super::super) fn prefetch<S: Simd<E::Real>>(&self, s: S, token: usize) {
+        s.prefetch(self.data[token * self.stride..].as_ptr());
+    }
+}
+
+/// A [`Track`] of a [`Signal`].
+#[derive(Clone, Copy)]
+pub(in super::super) struct SignalTrack<'a, E> {
+    pub(in super::super) values: Track<'a, E>,
+    pub(in super::super) gate: Option<Track<'a, E>>,
+}
+
+impl<E: Element> SignalTrack<'_, E> {
+    /// The block's channels of one token, gated.
+    #[inline(always)]
+    pub(in super::super) fn load<S: Simd<E::Real>>(&self, s: S, token: usize) -> S::V {
+        let x = self.values.load(s, token);
         match &self.gate {
-            Some(gate) => s.mul(x, load(s, gate.row(at), c, n)),
+            Some(gate) => s.mul(x, gate.load(s, token)),
             None => x,
         }
     }
 
-    /// Asks for the memory of one token from channel `c` on.
+    /// Asks for their memory.
     #[inline(always)]
-    pub(super) fn prefetch<S: Simd<E::Real>>(&self, s: S, at: [usize; 2], c: usize) {
-        s.prefetch(self.values.row(at)[c..].as_ptr());
+    pub(in super::super) fn prefetch<S: Simd<E::Real>>(&self, s: S, token: usize) {
+        self.values.prefetch(s, token);
         if let Some(gate) = &self.gate {
-            s.prefetch(gate.row(at)[c..].as_ptr());
+            gate.prefetch(s, token);
         }
     }
 }

@@ -1,48 +1,52 @@
 //! Convolution window by window: load, transform, multiply, transform back, store.
 
-use super::fft::{Complex, Fft, Leaf};
-use super::filter::Spectrum;
-use super::signal::{Sequence, Signal};
+use super::fft::{Complex, Fft, How, Leaf};
+use super::signal::{Sequence, Signal, Track};
 use super::{Geometry, Problem, block};
 use crate::backend::cpu::memory;
 use crate::backend::cpu::simd::{Element, Kernel, Real, Simd};
 use crate::backend::cpu::view::{Outlet, load, put, store};
+use std::any::Any;
+use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
-/// One window of registers, which a thread uses again and again.
-pub(in super::super) struct Scratch<T>(Vec<T>);
+/// What a thread keeps of its scratch between calls, at most.
+const KEPT: usize = 8 << 20;
+/// The first address of scratch is a multiple of this: registers that lie across two lines take twice as long.
+const LINE: usize = 64;
 
-impl<T: Real> Scratch<T> {
-    pub(in super::super) fn new(fft: &Fft<T>, lanes: usize) -> Self {
-        let size = fft.points() * 2 * lanes;
-        let mut values = memory::with_capacity(size);
-        values.resize(size, T::ZERO);
-        Self(values)
+/// Lends `f` so many buffers of `size` numbers of whatever was there before: a thread uses them again and again.
+pub(in super::super) fn lend<T: Real, R, const N: usize>(
+    size: usize,
+    f: impl FnOnce([&mut [T]; N]) -> R,
+) -> R {
+    thread_local! {
+        static SCRATCH: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(vec![]) };
     }
-
-    pub(in super::super) fn values(&mut self) -> &mut [T] {
-        &mut self.0
+    let step = size.next_multiple_of(LINE / size_of::<T>());
+    let take = |all: &RefCell<Vec<Box<dyn Any>>>| {
+        let mut all = all.borrow_mut();
+        let place = all.iter().position(|kept| kept.is::<Vec<T>>())?;
+        all.swap_remove(place).downcast::<Vec<T>>().ok()
+    };
+    let mut values = SCRATCH.with(take).unwrap_or_default();
+    let needed = N * step + LINE / size_of::<T>();
+    if values.len() < needed {
+        *values = memory::with_capacity(needed);
+        values.resize(needed, T::ZERO);
     }
-}
-
-/// Scratch that is free: as many as threads that have been at work.
-pub(in super::super) struct Pool<S>(Mutex<Vec<S>>);
-
-impl<S> Pool<S> {
-    pub(in super::super) fn new() -> Self {
-        Self(Mutex::new(vec![]))
+    let ahead = values.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+    let mut rest = &mut values[ahead..];
+    let buffers = std::array::from_fn(|_| {
+        let (buffer, behind) = std::mem::take(&mut rest).split_at_mut(step);
+        rest = behind;
+        &mut buffer[..size]
+    });
+    let result = f(buffers);
+    if values.len() * size_of::<T>() <= KEPT {
+        SCRATCH.with(|all| all.borrow_mut().push(values));
     }
-
-    /// Lends free scratch, or what `make` makes, to `f`.
-    pub(in super::super) fn lend<R>(&self, make: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
-        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = free().pop();
-        let mut scratch = found.unwrap_or_else(make);
-        let result = f(&mut scratch);
-        free().push(scratch);
-        result
-    }
+    result
 }
 
 /// Where the tokens of a window lie.
@@ -78,6 +82,7 @@ pub(in super::super) fn fill<E: Element, S: Simd<E::Real>>(
     let points = window.len() / (2 * S::LANES);
     let zero = s.splat(E::Real::ZERO);
     let (first, end) = (span.place, span.place + span.positions.len());
+    let signal = signal.track(sequence.row, channels);
     assert!(end <= 2 * points && span.positions.end <= sequence.len());
     // straight loops over each half, and no closures: those would be compiled without the instructions of S
     for half in 0..2 {
@@ -89,10 +94,9 @@ pub(in super::super) fn fill<E: Element, S: Simd<E::Real>>(
         for place in from..to {
             let position = span.positions.start + (place - first);
             if position + AHEAD < span.positions.end {
-                signal.prefetch(s, [sequence.row, sequence.token(position + AHEAD)], channels.start);
+                signal.prefetch(s, sequence.token(position + AHEAD));
             }
-            let at = [sequence.row, sequence.token(position)];
-            let value = signal.load(s, at, channels.start, channels.len());
+            let value = signal.load(s, sequence.token(position));
             put(s, window, (2 * (place - base) + half) * S::LANES, S::LANES, value);
         }
     }
@@ -121,13 +125,15 @@ impl<T: Real, const CONJUGATE: bool> Leaf<T> for Times<'_, T, CONJUGATE> {
 /// One sequence and one block of channels, forward.
 pub(in super::super) struct Forward<'a, 's, E: Element> {
     pub(in super::super) problem: &'a Problem<'a, E>,
+    pub(in super::super) how: How,
     pub(in super::super) fft: &'a Fft<E::Real>,
     pub(in super::super) geometry: Geometry,
-    pub(in super::super) spectrum: &'a Spectrum<E::Real>,
+    /// Of this block.
+    pub(in super::super) spectrum: &'a [E::Real],
     pub(in super::super) sequence: usize,
     pub(in super::super) block: usize,
     pub(in super::super) y: &'a Outlet<'a, E>,
-    pub(in super::super) scratch: &'s mut Scratch<E::Real>,
+    pub(in super::super) window: &'s mut [E::Real],
 }
 
 impl<E: Element> Kernel<E::Real> for Forward<'_, '_, E> {
@@ -137,27 +143,27 @@ impl<E: Element> Kernel<E::Real> for Forward<'_, '_, E> {
         let (p, Geometry { before, step, behind, .. }) = (self.problem, self.geometry);
         let sequence = &p.sequences[self.sequence];
         let channels = block(self.block, S::LANES, p.sizes.channels);
-        let spectrum = self.spectrum.block(self.block);
-        let window = self.scratch.values();
+        let (spectrum, window) = (self.spectrum, self.window);
+        let post_gate = p.post_gate.as_ref().map(|gate| Track::new(gate, sequence.row, &channels));
         assert!(spectrum.len() == window.len());
         for start in (0..sequence.len()).step_by(step) {
             let end = sequence.len().min(start + step);
             let span = Span::new(start, before, start + step + behind, sequence.len());
             fill(s, window, &p.input, sequence, &span, &channels);
-            self.fft.walk(p.isa, window, Times::<_, false>(spectrum));
+            self.fft.walk(self.how, window, Times::<_, false>(spectrum));
             for position in start..end {
                 let token = sequence.token(position);
                 if position + AHEAD < end {
                     let ahead = sequence.token(position + AHEAD);
                     let place = (sequence.row * p.sizes.length + ahead) * p.sizes.channels + channels.start;
                     s.prefetch(self.y.at(place, channels.len()));
-                    if let Some(gate) = &p.post_gate {
-                        s.prefetch(gate.row([sequence.row, ahead])[channels.start..].as_ptr());
+                    if let Some(gate) = &post_gate {
+                        gate.prefetch(s, ahead);
                     }
                 }
                 let mut y = at(s, window, position - start + before);
-                if let Some(gate) = &p.post_gate {
-                    y = s.mul(y, load(s, gate.row([sequence.row, token]), channels.start, channels.len()));
+                if let Some(gate) = &post_gate {
+                    y = s.mul(y, gate.load(s, token));
                 }
                 let place = (sequence.row * p.sizes.length + token) * p.sizes.channels + channels.start;
                 let to = self.y.at(place, channels.len());

@@ -5,7 +5,7 @@ use crate::backend::cpu::simd::{Element, Isa, Kernel, MAX_LANES, Real, Simd};
 use crate::backend::cpu::view::{Outlet, load, store};
 use crate::ops::Segments;
 use crate::ops::long_conv::Sizes;
-use crate::ops::long_conv::cpu::fft::{Complex, Fft};
+use crate::ops::long_conv::cpu::fft::{Complex, Fft, How};
 use crate::ops::long_conv::cpu::filter::{Forwards, HeldTaps, Layout};
 use crate::ops::long_conv::cpu::window::{Times, at};
 use crate::ops::long_conv::cpu::{block, cache, lanes};
@@ -102,7 +102,7 @@ impl<T: Real> StreamFilter<T> {
             let to = &mut values[(lag % points * 2 + lag / points) * lanes..][..lanes];
             to.iter_mut().zip(tap).for_each(|(to, &tap)| *to = scale * tap);
         }
-        fft.walk(self.isa, &mut values, Forwards);
+        fft.walk(How { isa: self.isa, spread: false }, &mut values, Forwards);
         values
     }
 
@@ -257,7 +257,7 @@ impl<T: Real> Feed<'_, '_, T> {
             unsafe { both.store(s, point.as_mut_ptr()) };
         }
         assert_eq!(spectrum.len(), window.len());
-        fft.walk(self.filter.isa, &mut window, Times::<_, false>(spectrum));
+        fft.walk(How { isa: self.filter.isa, spread: false }, &mut window, Times::<_, false>(spectrum));
         window
     }
 

@@ -1,16 +1,20 @@
 //! The Hyena layer: its formula as plain sums, the streaming law, gradients, initialisation, bad input.
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod oracle;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use common::{Random, assert_close, check_gradients, gradients, rounding, values};
+use oracle::oracle;
 use rand::{SeedableRng, rngs::StdRng};
 use std::collections::HashMap;
-use subquadratic::layers::hyena::{FilterOrder, HyenaFilter, ImplicitFilter, SineFrequency};
+use subquadratic::layers::hyena::{Direction, FilterOrder, HyenaFilter, ImplicitFilter, SineFrequency};
 use subquadratic::layers::{Hyena, HyenaConfig, LayerState};
 use subquadratic::models::{LanguageModel, ModelConfig};
-use subquadratic::ops::{LongConvState, Segments};
+use subquadratic::ops::{Activation, LongConvState, Segments};
 use subquadratic::{Error, Result};
 
 fn base() -> HyenaConfig {
@@ -19,8 +23,15 @@ fn base() -> HyenaConfig {
     HyenaConfig { filter: HyenaFilter::Implicit(filter), ..HyenaConfig::new(3, 80) }
 }
 
-/// Orders 2 to 4, every kind of filter, both numberings.
+/// Orders 2 to 4, every kind of filter, both numberings, heads.
 fn configs() -> Vec<HyenaConfig> {
+    let linear = ImplicitFilter {
+        linear: true,
+        normalized: true,
+        normalized_first: true,
+        emb_dim: 3,
+        ..ImplicitFilter::default()
+    };
     let separate = ImplicitFilter {
         frequency: SineFrequency::Separate,
         modulate: false,
@@ -35,6 +46,27 @@ fn configs() -> Vec<HyenaConfig> {
         HyenaConfig { order: 3, filter_order: FilterOrder::ChannelFirst, ..base() },
         HyenaConfig { order: 4, filter: HyenaFilter::Explicit, in_bias: false, short_filter: 1, ..base() },
         HyenaConfig { order: 3, filter: HyenaFilter::Implicit(separate), out_bias: false, ..base() },
+        HyenaConfig { outer_mixing: true, activation: Activation::Gelu, post_order_ffn: true, ..base() },
+        heads(),
+        HyenaConfig { filter_order: FilterOrder::ChannelFirst, outer_mixing: true, ..heads() },
+        HyenaConfig { filter: HyenaFilter::Implicit(linear), order: 2, post_order_ffn: false, ..heads() },
+    ]
+}
+
+/// Three heads of two channels.
+fn heads() -> HyenaConfig {
+    HyenaConfig { d_model: 6, heads: 3, order: 3, post_order_ffn: true, ..base() }
+}
+
+/// Layers whose outputs depend on how long the sequence is, or on what comes.
+fn without_state() -> Vec<HyenaConfig> {
+    vec![
+        HyenaConfig { direction: Direction::TwoSided, order: 3, ..base() },
+        HyenaConfig { direction: Direction::TwoSided, outer_mixing: true, ..heads() },
+        HyenaConfig { direction: Direction::Centred, order: 3, ..base() },
+        HyenaConfig { direction: Direction::Centred, ..heads() },
+        HyenaConfig { num_blocks: 4, activation: Activation::Relu, ..base() },
+        HyenaConfig { num_blocks: 2, direction: Direction::Centred, ..heads() },
     ]
 }
 
@@ -59,89 +91,15 @@ fn layer(config: &HyenaConfig, parameters: &[Tensor]) -> Result<Hyena> {
     Hyena::new(config, VarBuilder::from_tensors(tensors, dtype, &Device::Cpu))
 }
 
-/// The formula in plain numbers, one row.
-fn oracle(config: &HyenaConfig, parameters: &[Tensor], x: &[f64], length: usize) -> Vec<f64> {
-    let p: HashMap<String, Vec<f64>> =
-        config.parameters().into_iter().zip(parameters).map(|(p, t)| (p.name, values(t))).collect();
-    let get = |name: &str| p.get(name).cloned();
-    let (d, n) = (config.d_model, config.order);
-    let linear = |x: &[f64], w: &[f64], b: Option<Vec<f64>>| -> Vec<f64> {
-        let row = |(o, w): (usize, &[f64])| {
-            w.iter().zip(x).map(|(a, b)| a * b).sum::<f64>() + b.as_ref().map_or(0.0, |b| b[o])
-        };
-        w.chunks(x.len()).enumerate().map(row).collect()
-    };
-    let columns = d * (n - 1) * if config.bidirectional { 2 } else { 1 };
-    let taps: Vec<Vec<f64>> = (0..config.l_max)
-        .map(|t| {
-            let HyenaFilter::Implicit(filter) = config.filter else {
-                return p["filter_fn.filter"][t * columns..][..columns].to_vec();
-            };
-            let mut h = p["filter_fn.pos_emb.z"][t * filter.emb_dim..][..filter.emb_dim].to_vec();
-            for layer in 0..=filter.inner_layers {
-                let name = |rest: &str| format!("filter_fn.implicit_filter.{}.{rest}", 2 * layer);
-                let sine = if filter.frequency == SineFrequency::Shared { 1 } else { 2 * layer + 1 };
-                let frequency = &p[&format!("filter_fn.implicit_filter.{sine}.freq")];
-                let z = linear(&h, &p[&name("weight")], get(&name("bias")));
-                h = z.iter().zip(frequency).map(|(z, f)| (z * f).sin()).collect();
-            }
-            let last = format!("filter_fn.implicit_filter.{}.weight", 2 * filter.inner_layers + 2);
-            let mut h = linear(&h, &p[&last], None);
-            if filter.modulate {
-                let deltas = &p["filter_fn.modulation.deltas"];
-                let t = p["filter_fn.pos_emb.t"][t];
-                h.iter_mut().zip(deltas).for_each(|(h, delta)| *h *= (-t * delta.abs()).exp() + filter.shift);
-            }
-            if filter.normalized {
-                let sum: f64 = h.iter().map(|h| h.abs()).sum();
-                h.iter_mut().for_each(|h| *h /= sum);
-            }
-            h
-        })
-        .collect();
-    let column = |o: usize, c: usize| match config.filter_order {
-        FilterOrder::OrderFirst => o * d + c,
-        FilterOrder::ChannelFirst => c * (n - 1) + o,
-    };
-    let q: Vec<Vec<f64>> =
-        x.chunks(d).map(|x| linear(x, &p["in_proj.weight"], get("in_proj.bias"))).collect();
-    let (k, short, bias) = (config.short_filter, &p["short_filter.weight"], &p["short_filter.bias"]);
-    let s = |t: usize, c: usize| {
-        bias[c]
-            + (0..k).filter(|j| t + j + 1 >= k).map(|j| short[c * k + j] * q[t + j + 1 - k][c]).sum::<f64>()
-    };
-    let part = |i: usize, t: usize, c: usize| s(t, i * d + c);
-    let mut v: Vec<Vec<f64>> = (0..length).map(|t| (0..d).map(|c| part(n, t, c)).collect()).collect();
-    for o in 0..n - 1 {
-        let gated: Vec<Vec<f64>> =
-            (0..length).map(|t| (0..d).map(|c| v[t][c] * part(n - 1 - o, t, c)).collect()).collect();
-        for t in 0..length {
-            for c in 0..d {
-                let at = column(o, c);
-                let past = (0..=t).map(|s| taps[t - s][at] * gated[s][c]).sum::<f64>();
-                let future = |s: usize| taps[s - t][d * (n - 1) + at] * gated[s][c];
-                let future = if config.bidirectional { (t..length).map(future).sum() } else { 0.0 };
-                v[t][c] = past + future + p["filter_fn.bias"][at] * gated[t][c];
-            }
-        }
-    }
-    let out = |t: usize| {
-        let y: Vec<f64> = (0..d).map(|c| v[t][c] * part(0, t, c)).collect();
-        linear(&y, &p["out_proj.weight"], get("out_proj.bias"))
-    };
-    (0..length).flat_map(out).collect()
-}
-
 #[test]
 fn equals_the_formula() {
-    let both = HyenaConfig { bidirectional: true, order: 3, ..base() };
-    for config in configs().into_iter().chain([both]) {
+    for config in configs().into_iter().chain(without_state()) {
         let parameters = parameters(&config, 1);
         let layer = layer(&config, &parameters).unwrap();
-        for length in [1, 2, 17, 80] {
-            let x = Random::new(2).normal((1, length, 3));
+        for length in [1, 2, 4, 17, 20, 80].into_iter().filter(|n| n % config.num_blocks == 0) {
+            let x = Random::new(2).normal((1, length, config.d_model));
             let want = oracle(&config, &parameters, &values(&x), length);
-            let want = Tensor::from_vec(want, (1, length, 3), &Device::Cpu).unwrap();
+            let want = Tensor::from_vec(want, (1, length, config.d_model), &Device::Cpu).unwrap();
             assert_close(&format!("{config:?} {length}"), &layer.forward(&x).unwrap(), &want, 1e-11);
         }
     }
@@ -158,7 +116,7 @@ fn any_split_equals_the_whole() {
                 |(t, p): (&Tensor, &subquadratic::layers::Parameter)| t.to_dtype(p.dtype(dtype)).unwrap();
             let parameters: Vec<Tensor> = exact.iter().zip(&declared).map(cast).collect();
             let layer = layer(&config, &parameters).unwrap();
-            let x = random.normal((2, 80, 3)).to_dtype(dtype).unwrap();
+            let x = random.normal((2, 80, config.d_model)).to_dtype(dtype).unwrap();
             let whole = layer.forward(&x).unwrap();
             for parts in [1, 3, 20, 80] {
                 let (mut state, mut start, mut ys) = (layer.init_state(2).unwrap(), 0, vec![]);
@@ -177,9 +135,11 @@ fn any_split_equals_the_whole() {
 
 #[test]
 fn packed_and_padded_rows_equal_each_alone() {
-    for config in configs() {
+    for config in
+        configs().into_iter().chain(without_state().into_iter().filter(|config| config.num_blocks == 1))
+    {
         let layer = layer(&config, &parameters(&config, 5)).unwrap();
-        let x = Random::new(6).normal((1, 60, 3));
+        let x = Random::new(6).normal((1, 60, config.d_model));
         let alone =
             |start: usize, length: usize| layer.forward(&x.narrow(1, start, length).unwrap()).unwrap();
         let part = |y: &Tensor, start: usize, length: usize| y.narrow(1, start, length).unwrap();
@@ -188,7 +148,9 @@ fn packed_and_padded_rows_equal_each_alone() {
         assert_close("packed", &part(&y, 0, 20), &alone(0, 20), 1e-11);
         assert_close("packed", &part(&y, 20, 35), &alone(20, 35), 1e-11);
         let segments = Segments::left_padded(&[33], 60).unwrap();
-        let mut state = layer.init_state(1).unwrap();
+        let y = layer.forward_segments(&x, Some(&segments), None).unwrap();
+        assert_close("padded", &part(&y, 27, 33), &alone(27, 33), 1e-11);
+        let Ok(mut state) = layer.init_state(1) else { continue };
         let y = layer.forward_segments(&x, Some(&segments), Some(&mut state)).unwrap();
         assert_close("padded", &part(&y, 27, 33), &alone(27, 33), 1e-11);
         assert_eq!(state.positions, [33]);
@@ -197,7 +159,7 @@ fn packed_and_padded_rows_equal_each_alone() {
 
 #[test]
 fn gradients_equal_finite_differences() {
-    for config in configs().into_iter().chain([HyenaConfig { bidirectional: true, ..base() }]) {
+    for config in configs().into_iter().chain(without_state()) {
         let filter = match config.filter {
             // without a decay, time alone matters to nothing
             HyenaFilter::Implicit(filter) => {
@@ -205,10 +167,11 @@ fn gradients_equal_finite_differences() {
             }
             HyenaFilter::Explicit => HyenaFilter::Explicit,
         };
-        let config = HyenaConfig { l_max: 7, filter, ..config };
+        let length = if config.num_blocks > 1 { 8 } else { 7 };
+        let config = HyenaConfig { l_max: length, filter, ..config };
         let names: Vec<String> = config.parameters().into_iter().map(|p| p.name).collect();
         let mut inputs = parameters(&config, 7);
-        inputs.push(Random::new(8).normal((1, 7, 3)));
+        inputs.push(Random::new(8).normal((1, length, config.d_model)));
         let names: Vec<&str> = names.iter().map(String::as_str).chain(["x"]).collect();
         check_gradients(&format!("{config:?}"), &names, &inputs, |all| {
             let (x, parameters) = all.split_last().unwrap();
@@ -221,7 +184,7 @@ fn gradients_equal_finite_differences() {
 fn gradients_do_not_depend_on_the_cut() {
     for config in configs() {
         let mut inputs = parameters(&config, 9);
-        inputs.push(Random::new(10).normal((2, 12, 3)));
+        inputs.push(Random::new(10).normal((2, 12, config.d_model)));
         let run = |all: &[Tensor], pieces: &[usize]| {
             let (x, parameters) = all.split_last().unwrap();
             let layer = layer(&config, parameters)?;
@@ -324,9 +287,18 @@ fn bad_input_is_named() {
     refused(HyenaConfig { short_filter: 0, ..base() }, "short_filter");
     let even = ImplicitFilter { emb_dim: 4, ..ImplicitFilter::default() };
     refused(HyenaConfig { filter: HyenaFilter::Implicit(even), ..base() }, "emb_dim");
-    let both = HyenaConfig { bidirectional: true, ..base() };
-    let both = self::layer(&both, &parameters(&both, 14)).unwrap();
-    assert!(both.init_state(1).unwrap_err().to_string().contains("bidirectional"));
+    refused(HyenaConfig { heads: 2, ..base() }, "heads");
+    refused(HyenaConfig { heads: 0, ..base() }, "heads");
+    refused(HyenaConfig { num_blocks: 0, ..base() }, "num_blocks");
+    refused(HyenaConfig { num_blocks: 2, direction: Direction::TwoSided, ..base() }, "num_blocks");
+    for config in without_state() {
+        let stateless = self::layer(&config, &parameters(&config, 14)).unwrap();
+        let word = if config.direction == Direction::Causal { "num_blocks" } else { "bidirectional" };
+        assert!(stateless.init_state(1).unwrap_err().to_string().contains(word), "{config:?}");
+        if config.num_blocks == 4 {
+            assert!(message(stateless.forward(&zeros((1, 10, 3)))).contains("multiple of num_blocks = 4"));
+        }
+    }
 }
 
 #[test]
@@ -361,14 +333,17 @@ fn recomputed_blocks_carry_their_state() {
             start += length;
         }
         let logits = Tensor::cat(&logits, 1).unwrap();
+        let nodes = logits.sorted_nodes().len();
         let gradients = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let of = |(name, variable): (&String, &Var)| {
             (name.clone(), gradients.get(variable).unwrap_or_else(|| panic!("{name}: no gradient")).clone())
         };
-        (logits, model.variables().iter().map(of).collect::<Vec<_>>())
+        (logits, nodes, model.variables().iter().map(of).collect::<Vec<_>>())
     };
-    let (logits, kept) = run(false);
-    let (again, recomputed) = run(true);
+    let (logits, nodes, kept) = run(false);
+    let (again, fewer, recomputed) = run(true);
+    // what a block computes is no part of the graph that waits for the way back
+    assert!(2 * fewer < nodes, "{fewer} nodes with recomputation, {nodes} without");
     assert_close("logits", &again, &logits, 1e-12);
     for ((name, got), (_, want)) in recomputed.iter().zip(&kept) {
         assert_close(name, got, want, 1e-10);
