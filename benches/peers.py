@@ -211,9 +211,6 @@ def ours(options, model, task):
     part = {"fwd": "fwd", "fwdbwd": "fwd_bwd"}[detail]
     home = options.work / "criterion"
     environment = {**os.environ, "CRITERION_HOME": str(home)}
-    if group == "long_conv":
-        # candle's own threads, which add gradients up, keep cores busy while they wait for more
-        environment["CANDLE_NUM_THREADS"] = "1"
     bench = ["cargo", "bench", "--bench", "subquadratic", "--", "--exact", f"{group}/{shape}/f32/{part}"]
     call([*options.time_with, *bench], cwd=ROOT, env=environment)
     sample = json.loads((home / group / f"{shape}_f32_{part}" / "new" / "sample.json").read_text())
