@@ -3,7 +3,7 @@
 use super::Form;
 use super::block::{Block, Stream};
 use super::language_model::LanguageModel;
-use super::mixer::MixerState;
+use super::mixer::{MixerConfig, MixerState};
 use super::state::ModelState;
 use crate::autograd::checkpoint;
 use crate::layers::{LayerState, state::advance};
@@ -150,7 +150,7 @@ impl LanguageModel {
         let tracked = !self.variables().is_empty() || carried.iter().flatten().any(is_tracked);
         let streams = self.config.blocks.iter().all(|block| block.mixer.streams());
         let whole = tracked || !streams || self.form == Form::Parallel;
-        let long = self.config.blocks.iter().any(|block| block.mixer.longest().is_some());
+        let long = self.config.blocks.iter().any(|block| matches!(block.mixer, MixerConfig::Hyena(_)));
         let most = match self.device.is_cuda() {
             true => CUDA_CHUNK,
             false if long => LONG_CHUNK,
