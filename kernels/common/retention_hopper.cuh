@@ -84,7 +84,7 @@ template <typename E, typename S> __device__ __forceinline__ void states(const R
     if (chunks.constant) {
         one = Decay(p, at, at.begin);
         through.log = one.log * at.tokens, through.resets = one.resets;
-        // what decays would make negligible by the segment's end need not be read: nothing if a decay is 1
+        // what decays make negligible by the segment's end need not be read; a decay of 1 makes nothing so
         float counting = one.resets ? 0.0f : NEGLIGIBLE / fabsf(float(one.log * C));
         if (counting < float(chunks.count)) chunk = chunks.count - 1 - min(chunks.count - 1, int(counting) + 1);
     }

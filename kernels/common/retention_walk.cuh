@@ -164,7 +164,7 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     Decay through;
     bool constant = !p.per_token && !p.marks;
     if (!S::OUTPUTS && constant) {
-        // what decays would make negligible by the segment's end need not be read: nothing if a decay is 1
+        // what decays make negligible by the segment's end need not be read; a decay of 1 makes nothing so
         Decay one(p, at, at.begin);
         through.log = one.log * at.tokens, through.resets = one.resets;
         float counting = one.resets ? 0.0f : NEGLIGIBLE / fabsf(float(one.log * C));
