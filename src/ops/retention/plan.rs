@@ -129,6 +129,12 @@ mod tests {
     }
 
     #[test]
+    fn rows_take_turns_while_they_last() {
+        assert_eq!(side_by_side(&[2, 0, 3]), [(0, 0), (2, 0), (0, 1), (2, 1), (2, 2)]);
+        assert!(side_by_side(&[]).is_empty());
+    }
+
+    #[test]
     fn kept_states_are_no_more_than_keys_and_values() {
         let run = [Run { tokens: 0..4096, fresh: false }];
         for (keys, values) in [(64, 128), (256, 512), (1, 1), (1024, 1024)] {
