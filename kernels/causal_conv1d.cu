@@ -136,33 +136,61 @@ template <typename E, int TAPS, int WIDTH> struct Walk {
     }
 };
 
-template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p) {
+// Filters the tokens of a strip.
+template <bool MARKED, typename E, int TAPS, int WIDTH> __device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk) {
     constexpr int AHEAD = 4;
+    using Elements = Pack<E, WIDTH>;
+    const Conv &p = walk.p;
+    auto from = static_cast<const E *>(p.x.data) + walk.row * p.x.row + walk.begin * p.x.token + walk.channel;
+    auto to = static_cast<E *>(p.y.data) + walk.row * p.y.row + walk.begin * p.y.token + walk.channel;
+    auto use = [&](const Elements &in, int t) {
+        uint8_t m = MARKED ? walk.mark(t) : 0;
+        float x[WIDTH], y[WIDTH] = {};
+        if (!MARKED || m != PAD) {
+            if (MARKED && m == START) walk.clear();
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) x[i] = widen(in.at[i]);
+            walk.push(x);
+            walk.filter(y);
+            if (p.silu)
+#pragma unroll
+                for (int i = 0; i < WIDTH; ++i) y[i] = silu(y[i]);
+        }
+        Elements out;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) out.at[i] = narrow<E>(y[i]);
+        *reinterpret_cast<Elements *>(to) = out;
+        to += p.y.token;
+    };
+    // the next tokens are on their way while these are used
+    Elements next[AHEAD];
+    auto load = [&] {
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j, from += p.x.token) next[j] = *reinterpret_cast<const Elements *>(from);
+    };
+    int t = walk.begin, whole = (walk.end - t) / AHEAD * AHEAD + t;
+    if (t < whole) load();
+    walk.look_back();
+    while (t < whole) {
+        Elements now[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) now[j] = next[j];
+        if (t + AHEAD < whole) load();
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) use(now[j], t + j);
+        t += AHEAD;
+    }
+#pragma unroll 1
+    for (; t < walk.end; ++t, from += p.x.token) use(*reinterpret_cast<const Elements *>(from), t);
+}
+
+template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p) {
     Walk<E, TAPS, WIDTH> walk(p);
     if (!walk.live) return;
-    walk.look_back();
-    for (int first = walk.begin; first < walk.end; first += AHEAD) {
-        float x[AHEAD][WIDTH];
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (first + j < walk.end) walk.load(x[j], p.x, first + j);
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
-            int t = first + j;
-            if (t >= walk.end) break;
-            uint8_t m = walk.mark(t);
-            float y[WIDTH] = {};
-            if (m != PAD) {
-                if (m == START) walk.clear();
-                walk.push(x[j]);
-                walk.filter(y);
-                if (p.silu)
-#pragma unroll
-                    for (int i = 0; i < WIDTH; ++i) y[i] = silu(y[i]);
-            }
-            walk.store(p.y, t, y);
-        }
-    }
+    if (p.marks)
+        filter_strip<true>(walk);
+    else
+        filter_strip<false>(walk);
     if (walk.end < p.length) return;
     // slots 1.. of the next token's window, were there one
 #pragma unroll

@@ -328,8 +328,8 @@ template <typename E, typename F> struct Backward {
             if (!live) {
 #pragma unroll
                 for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(0.0f);
-                store_swizzled(steps, own.channel, dstep);
-                store_swizzled(gradients, own.channel, dd);
+                store_floats(steps + spot(own.channel), dstep);
+                store_floats(gradients + spot(own.channel), dd);
                 if (inside) {
                     to_u.store(at, own, v, out, p.aligned);
                     to_delta.store(at, own, v, out, p.aligned);
@@ -339,13 +339,13 @@ template <typename E, typename F> struct Backward {
             }
             auto uv = T::get(m.u[buffer], v), gv = T::get(m.dy[buffer], v);
             float g[W], mixed[2 * W];
-            load_swizzled(mixed, m.inputs + token * Inputs<F>::TOKEN, 2 * own.channel);
+            load_floats(mixed, m.inputs + token * Inputs<F>::TOKEN + spot(2 * own.channel));
 #pragma unroll
             for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
             if (p.z.data) {
                 auto zv = T::get(m.z[buffer], v);
                 float y[W];
-                load_swizzled(y, gradients, own.channel);
+                load_floats(y, gradients + spot(own.channel));
 #pragma unroll
                 for (int k = 0; k < W; ++k) {
                     float z = widen(zv.at[k]), s = sigmoid(z);
@@ -354,7 +354,7 @@ template <typename E, typename F> struct Backward {
                 }
                 to_z.store(at, own, v, out, p.aligned);
             }
-            load_swizzled(dstep, steps, own.channel);
+            load_floats(dstep, steps + spot(own.channel));
 #pragma unroll
             for (int k = 0; k < W; ++k) {
                 int place = Inputs<F>::mixed(k);
@@ -365,8 +365,8 @@ template <typename E, typename F> struct Backward {
                 du.at[k] = narrow<E>(fmaf(skip[k], g[k], step * dx));
                 dd[k] = g[k] * u;
             }
-            store_swizzled(steps, own.channel, dstep);
-            store_swizzled(gradients, own.channel, dd);
+            store_floats(steps + spot(own.channel), dstep);
+            store_floats(gradients + spot(own.channel), dd);
             to_delta.store(at, own, v, out, p.aligned);
             to_u.store(at, own, v, du, p.aligned);
         }
