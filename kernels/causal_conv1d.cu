@@ -138,7 +138,7 @@ template <typename E, int TAPS, int WIDTH> struct Walk {
 
 // Filters the tokens of a strip.
 template <bool MARKED, typename E, int TAPS, int WIDTH> __device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk) {
-    constexpr int AHEAD = 4;
+    constexpr int AHEAD = 4, DEPTH = 4;
     using Elements = Pack<E, WIDTH>;
     const Conv &p = walk.p;
     auto from = static_cast<const E *>(p.x.data) + walk.row * p.x.row + walk.begin * p.x.token + walk.channel;
@@ -162,26 +162,39 @@ template <bool MARKED, typename E, int TAPS, int WIDTH> __device__ __forceinline
         *reinterpret_cast<Elements *>(to) = out;
         to += p.y.token;
     };
-    // the next tokens are on their way while these are used
-    Elements next[AHEAD];
-    auto load = [&] {
+    int t = walk.begin;
+    if constexpr (WIDTH == 1) {
+        walk.look_back();
+#pragma unroll 4
+        for (; t < walk.end; ++t, from += p.x.token) use(*reinterpret_cast<const Elements *>(from), t);
+    } else {
+        // Groups of tokens are on their way through shared memory; a thread uses what it has asked for itself.
+        __shared__ Elements ring[DEPTH][AHEAD][THREADS];
+        int left = walk.end - t;
+        auto ask = [&](int slot) {
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j, from += p.x.token) next[j] = *reinterpret_cast<const Elements *>(from);
-    };
-    int t = walk.begin, whole = (walk.end - t) / AHEAD * AHEAD + t;
-    if (t < whole) load();
-    walk.look_back();
-    while (t < whole) {
-        Elements now[AHEAD];
+            for (int j = 0; j < AHEAD; ++j, from += p.x.token)
+                if (j < left) copy_async<sizeof(Elements)>(&ring[slot][j][threadIdx.x], from);
+            left -= AHEAD;
+            commit_copies();
+        };
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) now[j] = next[j];
-        if (t + AHEAD < whole) load();
+        for (int slot = 0; slot + 1 < DEPTH; ++slot) ask(slot);
+        walk.look_back();
+        int slot = 0;
+        for (; t + AHEAD <= walk.end; t += AHEAD, slot = (slot + 1) % DEPTH) {
+            wait_copies<DEPTH - 2>();
+            Elements now[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) use(now[j], t + j);
-        t += AHEAD;
-    }
+            for (int j = 0; j < AHEAD; ++j) now[j] = ring[slot][j][threadIdx.x];
+            ask((slot + DEPTH - 1) % DEPTH);
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) use(now[j], t + j);
+        }
+        wait_copies<0>();
 #pragma unroll 1
-    for (; t < walk.end; ++t, from += p.x.token) use(*reinterpret_cast<const Elements *>(from), t);
+        for (int j = 0; t < walk.end; ++j, ++t) use(ring[slot][j][threadIdx.x], t);
+    }
 }
 
 template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p) {

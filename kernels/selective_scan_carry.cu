@@ -48,14 +48,15 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
     Coefficients<E, F, 1> coefficient(read, read, at, beginning(0), n, p.aligned_coefficients);
     Walker<E, F> delta(p.delta, at, own, beginning(0)), x(sequence, at, own, beginning(0)), z(p.z, at, own, beginning(0));
     // whether tiles are whole, but for their tokens
-    bool whole = STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficient.whole && !p.marks;
+    bool whole = STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficient.whole &&
+                 p.softplus && (FORWARD || p.z.data) && !p.marks;
     // One buffer does: a thread asks for what it has just read itself.
     auto fetch = [&](int start) {
         constexpr int NEXT = FORWARD ? -1 : 1;
         int left = at.end - start;
         if (whole && left >= TILE) {
             delta.fetch(m.delta), x.fetch(m.x), coefficient.template fetch<true>(m.raw, left);
-            if (!FORWARD && p.z.data) z.fetch(m.z);
+            if (!FORWARD) z.fetch(m.z);
         } else {
             delta.fetch(m.delta, at, own, left, aligned);
             x.fetch(m.x, at, own, left, aligned);

@@ -69,11 +69,11 @@ template <typename F> struct Read {
     }
 };
 
-// Moves h over KEPT tokens. `inputs`, `b`, `c` and `shares` are the lane's places at the first.
+// Moves h over so many tokens, a multiple of KEPT. `inputs`, `b`, `c` and `shares` are the lane's places at the first.
 template <typename F, bool RESETS>
 __device__ __forceinline__ void walk(typename F::States &h, const typename F::States &a, const float *inputs,
-                                     const float *b, const float *c, float *shares, const uint8_t *marks) {
-    constexpr int PER = F::PER, STATES = F::STATES, COUNT = AHEAD<F>;
+                                     const float *b, const float *c, float *shares, const uint8_t *marks, int tokens) {
+    constexpr int PER = F::PER, STATES = F::STATES, COUNT = AHEAD<F>, UNROLL = PER * STATES > 4 ? 2 : 4;
     auto use = [&](const Read<F> &now, int t) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
@@ -97,13 +97,16 @@ __device__ __forceinline__ void walk(typename F::States &h, const typename F::St
     };
     Read<F> even, odd;
     even.load(inputs, b, c, 0);
-#pragma unroll 2
-    for (int t = 0; t < KEPT; t += 2 * COUNT) {
-        odd.load(inputs, b, c, t + COUNT);
-        use(even, t);
-        if (t + 2 * COUNT < KEPT) even.load(inputs, b, c, t + 2 * COUNT);
-        use(odd, t + COUNT);
-    }
+#pragma unroll 1
+    for (int first = 0; first < tokens; first += KEPT)
+#pragma unroll UNROLL
+        for (int i = 0; i < KEPT; i += 2 * COUNT) {
+            int t = first + i;
+            odd.load(inputs, b, c, t + COUNT);
+            use(even, t);
+            if (i + 2 * COUNT < KEPT || first + KEPT < tokens) even.load(inputs, b, c, t + 2 * COUNT);
+            use(odd, t + COUNT);
+        }
 }
 
 template <typename E, typename F> struct ForwardMemory {
@@ -134,6 +137,14 @@ __device__ __forceinline__ void finish(const Scan &p, const ForwardMemory<E, F> 
         Shares<F>::sum(sum, shares + token * Shares<F>::TOKEN, own.channel);
 #pragma unroll
         for (int k = 0; k < T::WIDTH; ++k) sum[k] = fmaf(skip[k], widen(uv.at[k]), sum[k]);
+        float gate[T::WIDTH];
+#pragma unroll
+        for (int k = 0; k < T::WIDTH; ++k) gate[k] = 1.0f;
+        if (WHOLE || p.z.data) {
+            auto zv = T::get(m.z[buffer], v);
+#pragma unroll
+            for (int k = 0; k < T::WIDTH; ++k) gate[k] = silu(widen(zv.at[k]));
+        }
         if (p.ungated) {
 #pragma unroll
             for (int k = 0; k < T::WIDTH; ++k) out.at[k] = narrow<E>(sum[k]);
@@ -141,11 +152,8 @@ __device__ __forceinline__ void finish(const Scan &p, const ForwardMemory<E, F> 
             ungated.place += static_cast<E *>(p.ungated) - static_cast<E *>(p.y.data);
             ungated.store(at, own, v, out, WHOLE || aligned);
         }
-        if (p.z.data) {
-            auto zv = T::get(m.z[buffer], v);
 #pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) sum[k] *= silu(widen(zv.at[k]));
-        }
+        for (int k = 0; k < T::WIDTH; ++k) sum[k] *= gate[k];
         if (!WHOLE && p.marks && marks[token] == PAD)
 #pragma unroll
             for (int k = 0; k < T::WIDTH; ++k) sum[k] = 0.0f;
@@ -179,7 +187,8 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     Walker<E, F> y(p.y, at, own, at.begin);
     Coefficients<E, F, 2> coefficients(p.b, p.c, at, at.begin, n, p.aligned_coefficients);
     // whether tiles are whole, but for their tokens
-    bool whole = F::STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficients.whole && !p.marks;
+    bool whole = F::STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficients.whole &&
+                 p.softplus && p.z.data && !p.marks;
     float *all_shares = Shares<F>::APART ? m.shares : m.inputs, *shares = all_shares + Shares<F>::place(lane);
     const float *inputs = m.inputs + Inputs<F>::place(lane.own);
     const float *own_b = m.b + lane.part * F::STATES, *own_c = m.c + lane.part * F::STATES;
@@ -188,7 +197,7 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
         int left = at.end - start;
         if (whole && left >= TILE) {
             u.fetch(m.u[buffer]), delta.fetch(m.delta), coefficients.template fetch<true>(m.raw, left);
-            if (p.z.data) z.fetch(m.z[buffer]);
+            z.fetch(m.z[buffer]);
         } else {
             u.fetch(m.u[buffer], at, own, left, aligned);
             delta.fetch(m.delta, at, own, left, aligned);
@@ -218,14 +227,15 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
         }
         if (start + TILE < at.end) fetch(buffer ^ 1, m.marks[turn], start + TILE);
         __syncthreads();
+        int stretch = kept ? KEPT : TILE;
 #pragma unroll 1
-        for (int t = 0; t < TILE; t += KEPT) {
+        for (int t = 0; t < TILE; t += stretch) {
             if (kept && start + t < at.end) lane.store(kept, h, n), kept += row_states;
             const float *in = inputs + t * Inputs<F>::TOKEN, *bt = own_b + t * F::WIDTH, *ct = own_c + t * F::WIDTH;
             if (p.marks)
-                walk<F, true>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, marks + t);
+                walk<F, true>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, marks + t, stretch);
             else
-                walk<F, false>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, nullptr);
+                walk<F, false>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, nullptr, stretch);
         }
         __syncthreads();
         if (all)
@@ -238,7 +248,7 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
 }
 
 #define FORWARD(E, BLOCKS)                                                                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 5, E, 1, 4, 4)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 1, 4, 4)                                              \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 2, 4, 4)                                              \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 1)                                              \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, BLOCKS, E, 2, 8, 2)                                         \

@@ -4,7 +4,11 @@
 
 // What a walk reads of a token: for the PER channels of a lane their steps delta, then their inputs.
 template <typename F> struct Inputs {
-    static constexpr int TOKEN = spot(2 * F::CHANNELS), SIZE = F::TILE * TOKEN;
+    // The last words that are free keep apart two tokens that eight threads share.
+    static constexpr int LAST = F::CHANNELS < 64 ? 0 : 4;
+    static constexpr int TOKEN = spot(2 * F::CHANNELS) - LAST, SIZE = F::TILE * TOKEN;
+    // A token's row of what there is one of for every channel.
+    static constexpr int ROW = spot(F::CHANNELS) - LAST;
 
     // The place of a lane's channels in a token's row.
     static __device__ __forceinline__ int place(int own) { return spot(own * 2 * F::PER); }
@@ -26,7 +30,7 @@ __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const
     for (int v = 0; v < T::OWN; ++v) {
         if (!WHOLE && !own.has(v)) break;
         int token = own.token + v * T::ROWS;
-        float *to = inputs + token * Inputs<F>::TOKEN, *to_gradients = gradients + token * spot(F::CHANNELS);
+        float *to = inputs + token * Inputs<F>::TOKEN, *to_gradients = gradients + token * Inputs<F>::ROW;
         if (!WHOLE && (!own.live || start + token >= at.end || (p.marks && marks[token] == PAD))) {
             float none[2 * W] = {}, no_gradients[W] = {};
             store_floats(to + spot(2 * own.channel), none);
@@ -37,14 +41,14 @@ __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const
         auto dv = T::get(delta, v);
 #pragma unroll
         for (int k = 0; k < W; ++k) d[k] = widen(dv.at[k]) + shift[k];
-        if (p.softplus)
+        if (WHOLE || p.softplus)
 #pragma unroll
             for (int k = 0; k < W; ++k) d[k] = softplus_for<E>(d[k]);
         if (dy) {
             auto gv = T::get(dy, v);
 #pragma unroll
             for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
-            if (p.z.data) {
+            if (WHOLE || p.z.data) {
                 auto zv = T::get(z, v);
 #pragma unroll
                 for (int k = 0; k < W; ++k) g[k] *= silu(widen(zv.at[k]));

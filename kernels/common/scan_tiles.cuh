@@ -1,7 +1,7 @@
 // Tiles of tokens in shared memory: of sequences, and of B and C.
 //
-// A tile that is WHOLE has all its tokens and channels, no marks, and packs and pieces that are read at once: what goes
-// through it asks no questions. Others are rare, and go a slower way.
+// A tile that is WHOLE has all its tokens and channels, packs and pieces that are read at once, softplus and a gate, and no
+// marks: what goes through it asks no questions. Others go a slower way.
 #pragma once
 #include "scan.cuh"
 
@@ -35,6 +35,11 @@ template <typename E, typename F> struct Walker {
     __device__ Walker(const Sequence &s, const Place<F> &at, const T &own, int start)
         : place(static_cast<E *>(s.data) + at.row * s.row + (start + own.token) * s.token + at.first + own.channel),
           row(T::ROWS * s.token) {}
+    // Of a contiguous sequence, laid out as `s`, without what moves along.
+    __device__ Walker(void *data, const Sequence &s, const Place<F> &at, const T &own, int start)
+        : place(static_cast<E *>(data) + (at.row * s.row + start * s.token + at.first) +
+                (own.token * int(s.token) + own.channel)),
+          row(T::ROWS * s.token) {}
     // Moves by whole tiles.
     __device__ __forceinline__ void move(const Sequence &s, int tiles) { place += tiles * F::TILE * s.token; }
 
@@ -48,10 +53,12 @@ template <typename E, typename F> struct Walker {
                     copy_async<sizeof(typename T::Elements)>(tile + (threadIdx.x + v * THREADS) * T::WIDTH,
                                                              place + v * row);
         } else {
+            int thread = threadIdx.x;
+            asm volatile("" : "+r"(thread));
             for (int v = 0; v < T::OWN; ++v)
                 for (int k = 0; k < T::WIDTH; ++k)
                     if (own.has(v) && own.token + v * T::ROWS < left)
-                        tile[(threadIdx.x + v * THREADS) * T::WIDTH + k] =
+                        tile[(thread + v * THREADS) * T::WIDTH + k] =
                             own.channel + k < at.count ? place[v * row + k] : narrow<E>(0.0f);
         }
     }
@@ -60,6 +67,14 @@ template <typename E, typename F> struct Walker {
 #pragma unroll
         for (int v = 0; v < T::OWN; ++v)
             copy_async<sizeof(typename T::Elements)>(tile + (threadIdx.x + v * THREADS) * T::WIDTH, place + v * row);
+    }
+    // The thread's pack `v`, at once.
+    __device__ __forceinline__ typename T::Elements load(const Place<F> &at, const T &own, int v) const {
+        typename T::Elements x = {};
+#pragma unroll
+        for (int k = 0; k < T::WIDTH; ++k)
+            if (own.channel + k < at.count) x.at[k] = place[v * row + k];
+        return x;
     }
     // Writes the thread's pack `v`.
     __device__ __forceinline__ void store(const Place<F> &at, const T &own, int v, const typename T::Elements &x,
@@ -86,15 +101,17 @@ template <typename E, typename F, int SIDES> struct Coefficients {
     static constexpr int PIECE = SIDES * SIZE / THREADS >= Vector<E>::SIZE ? Vector<E>::SIZE : 4;
     static constexpr int PIECES = SIZE / PIECE, OF_TOKEN = F::WIDTH / PIECE;
     static constexpr int PASSES = (SIDES * PIECES + THREADS - 1) / THREADS;
+    static constexpr int64_t MOST_STEP = INT32_MAX / (F::TILE * int(sizeof(E)));
     using Piece = Pack<E, PIECE>;
 
     const char *from[PASSES]; // the thread's pieces of the tile that is fetched next
-    int64_t step[PASSES];     // to those of the tile behind it
+    int step[PASSES];         // bytes to those of the tile behind it
     int n;
     bool whole; // whether every token's numbers are read in pieces, WIDTH of them
     __device__ Coefficients(const Coefficient &first, const Coefficient &second, const Place<F> &at, int start, int n,
                             int aligned)
-        : n(n), whole(STAGED && aligned && n == F::WIDTH && (sizeof(E) == 4 || !first.wide && !second.wide)) {
+        : n(n), whole(STAGED && aligned && n == F::WIDTH && (sizeof(E) == 4 || !first.wide && !second.wide) &&
+                      max(first.token, second.token) < MOST_STEP) {
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
             int i = threadIdx.x + pass * THREADS;
@@ -139,7 +156,9 @@ template <typename E, typename F, int SIDES> struct Coefficients {
                 store_floats(tile + i * PIECE, values);
             }
         } else {
-            for (int i = threadIdx.x; i < SIDES * SIZE; i += THREADS) {
+            int thread = threadIdx.x;
+            asm volatile("" : "+r"(thread)); // or what this rare way needs of it would wait in registers
+            for (int i = thread; i < SIDES * SIZE; i += THREADS) {
                 const Coefficient &x = i < SIZE ? first : second;
                 int token = i % SIZE / F::WIDTH, k = i % F::WIDTH;
                 int64_t place = at.row * x.row + at.first / x.width * x.group + (start + token) * x.token + k;
