@@ -40,7 +40,7 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
     }
     load_bias(p, at, m.bias);
     T own(at);
-    bool aligned = F::PER == 1 || p.aligned; // as forward
+    bool aligned = (FORWARD && STATES == 4) || p.aligned; // as the kernels that follow
     int tiles = (at.end - at.begin + TILE - 1) / TILE;
     auto beginning = [&](int i) { return at.begin + (FORWARD ? tiles - 1 - i : i) * TILE; };
     const Sequence &sequence = FORWARD ? p.u : p.dy;
@@ -113,7 +113,7 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
         if (reset) break;
         over = true;
 #pragma unroll
-        for (int k = 0; k < PER; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE);
+        for (int k = 0; k < PER; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE<E>);
         idle = __all_sync(~0u, over);
     }
     wait_copies<0>();

@@ -91,7 +91,8 @@ __device__ __forceinline__ void walk(typename F::States &h, const typename F::St
                     h[k][s] = fmaf(exp2_fast(now.in[i][k] * a[k][s]), h[k][s], now.in[i][PER + k] * now.b[i][s]);
                     y[k] = fmaf(h[k][s], now.c[i][s], y[k]);
                 }
-            // every lane of the warp has read its input by now, and only this warp uses these channels
+            // only this warp uses these channels, and where shares lie over inputs, its lanes have read them
+            if (!Shares<F>::APART) __syncwarp();
             store_floats(shares + (t + i) * Shares<F>::TOKEN, y);
         }
     };
@@ -174,14 +175,6 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     bool aligned = F::STATES == 4 || p.aligned;
     int n = p.states;
     int64_t row_states = int64_t(p.channels) * n;
-    typename F::States a, h = {};
-    lane.load(a, p.a, n, LOG2E);
-    if (p.carried)
-        lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
-    else if (p.initial)
-        lane.load(h, p.initial + at.row * row_states, n, 1.0f);
-    load_bias(p, at, m.bias);
-    for (int k = threadIdx.x; k < F::CHANNELS; k += THREADS) m.skip[k] = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
     T own(at);
     Walker<E, F> u(p.u, at, own, at.begin), delta(p.delta, at, own, at.begin), z(p.z, at, own, at.begin);
     Walker<E, F> y(p.y, at, own, at.begin);
@@ -209,6 +202,18 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
         u.move(p.u, 1), delta.move(p.delta, 1), z.move(p.z, 1), coefficients.move(1);
     };
     fetch(0, m.marks[0], at.begin);
+    // while the first tile is on its way
+    typename F::States a, h = {};
+    lane.load(a, p.a, n, LOG2E);
+    if (p.carried)
+        lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
+    else if (p.initial)
+        lane.load(h, p.initial + at.row * row_states, n, 1.0f);
+    for (int k = threadIdx.x; k < F::CHANNELS; k += THREADS) {
+        float bias = p.bias && k < at.count ? p.bias[at.first + k] : 0.0f;
+        float skip = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
+        m.bias[k] = bias, m.skip[k] = skip;
+    }
     __syncthreads();
     int buffer = 0, turn = 0;
     float *kept = p.kept;
