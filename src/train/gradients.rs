@@ -70,6 +70,12 @@ impl Gradients {
 
     /// The Euclidean norm of all gradients together, summed in f64. NaN or infinite if any element is.
     pub fn norm(&self) -> Result<f64> {
+        #[cfg(feature = "cuda")]
+        if self.tensors.values().all(|tensor| tensor.device().is_cuda())
+            && let Some(sum) = super::cuda::sum_of_squares(&self.tensors.values().collect::<Vec<_>>())?
+        {
+            return Ok(sum.sqrt() * self.scale.abs());
+        }
         let mut sum = 0.0;
         for tensor in self.tensors.values() {
             sum += sum_of_squares(tensor)?;

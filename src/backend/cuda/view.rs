@@ -30,6 +30,15 @@ pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
 #[derive(Default)]
 pub(crate) struct Guards<'a>(Vec<SyncOnDrop<'a>>);
 
+impl<'a> Guards<'a> {
+    /// Where a slice lies that the launch reads.
+    pub(crate) fn read<T>(&mut self, slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> u64 {
+        let (pointer, guard) = slice.device_ptr(stream);
+        self.0.push(guard);
+        pointer
+    }
+}
+
 /// A tensor held for reading.
 pub(crate) struct Held<'a> {
     storage: StorageRef<'a>,
