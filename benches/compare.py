@@ -6,9 +6,8 @@
 
 DIR holds the peers as published: mamba_ssm-*.tar.gz (its scan is compiled here, some three minutes) and the wheels of
 fla-core and flash-linear-attention; PyTorch and Triton must be installed. Operators run through the crate's public
-functions and candle's graph, calls in a row; peers through their kernels alone, which favours them.
-`bwd` and `fwd_bwd` of the crate include what candle does with gradients beside the operator, which `accumulate` measures
-alone: a zero and a sum for every input, and the ones that go in. Times are medians in milliseconds.
+functions, calls in a row, forward and backward on its tape; peers through their kernels alone, which favours them. `bwd`
+of the crate is the difference of the two: it contains what forward keeps for it. Times are medians in milliseconds.
 """
 import argparse
 import json
@@ -70,6 +69,8 @@ def time_ours(bench, operator, dtypes):
         if time and key:
             times[key] = float(time[1]) * UNITS[time[2]]
             key = None
+    for key in [key for key in times if key[3] == "fwd_bwd"]:
+        times[key[:3] + ("bwd",)] = times[key] - times[key[:3] + ("fwd",)]
     return times
 
 

@@ -183,14 +183,16 @@ fn bytes_of<T: Copy>(table: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(table.as_ptr().cast(), size_of_val(table)) }
 }
 
-/// `sum x^2` over all tensors, which lie on one CUDA device, in f64; `None` where one of them is f64.
-pub(super) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
+/// Whether the kernels read a tensor of this device and dtype.
+pub(super) fn has_kernels(tensor: &Tensor) -> bool {
+    tensor.device().is_cuda() && kind(tensor.dtype()).is_some()
+}
+
+/// `sum x^2` in f64 over tensors that have kernels and lie on one device.
+pub(super) fn sum_of_squares(tensors: &[&Tensor]) -> Result<f64> {
     let tensors = tensors.iter().filter(|x| x.elem_count() > 0);
     let tensors = tensors.map(|x| contiguous(x)).collect::<Result<Vec<_>>>()?;
-    let Some(first) = tensors.first() else { return Ok(Some(0.0)) };
-    if tensors.iter().any(|x| kind(x.dtype()).is_none()) {
-        return Ok(None);
-    }
+    let Some(first) = tensors.first() else { return Ok(0.0) };
     let device = device_of(first)?;
     let stream = device.cuda_stream();
     let held: Vec<Held> = tensors.iter().map(Held::new).collect();
@@ -217,7 +219,7 @@ pub(super) fn sum_of_squares(tensors: &[&Tensor]) -> Result<Option<f64>> {
         launch(&device, "sum_of_squares_total", 1, &call)?;
     }
     let total = device.clone_dtoh(&sums.slice(blocks.0..))?;
-    Ok(total.first().copied())
+    Ok(total.first().copied().unwrap_or(f64::NAN))
 }
 
 /// `struct Parameter` of `training.cu`.

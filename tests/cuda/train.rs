@@ -6,7 +6,7 @@ use crate::gpu;
 use candle_core::{DType, Device, Tensor, Var};
 use std::collections::BTreeMap;
 use subquadratic::models::{LanguageModel, ModelConfig};
-use subquadratic::ops::linear;
+use subquadratic::ops::{embedding, linear};
 use subquadratic::train::{
     AdamW, AdamWConfig, Batch, Gradients, IGNORE, Schedule, Trainer, TrainerConfig, cross_entropy,
 };
@@ -25,6 +25,23 @@ fn projections() {
         all.extend((seed % 2 == 0).then(|| random.normal(outputs).to_dtype(dtype).unwrap()));
         let what = format!("linear {inputs} -> {outputs} {dtype:?}");
         agree(&what, &device, &all, tolerance(dtype), |x| Ok(vec![linear(&x[0], &x[1], x.get(2))?]));
+    }
+}
+
+#[test]
+fn embeddings() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(24);
+    for seed in 0..24 {
+        let dtype = [DType::F32, DType::BF16, DType::F16, DType::F64][seed % 4];
+        let (rows, width) = ([1, 9, 300][random.int(0, 2)], [1, 7, 128, 300][random.int(0, 3)]);
+        let weight = random.normal((rows, width)).to_dtype(dtype).unwrap();
+        let ids: Vec<u32> = (0..2 * 37).map(|_| random.int(0, rows - 1) as u32).collect();
+        let ids = Tensor::from_vec(ids, (2, 37), &Device::Cpu).unwrap();
+        let what = format!("embedding {rows} {width} {dtype:?}");
+        agree(&what, &device, &[weight], tolerance(dtype), |x| {
+            Ok(vec![embedding(&x[0], &ids.to_device(x[0].device())?)?])
+        });
     }
 }
 

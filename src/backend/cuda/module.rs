@@ -27,6 +27,7 @@ pub(crate) enum Module {
     RetentionCarry,
     RetentionStep,
     Training,
+    Embedding,
 }
 
 macro_rules! embedded {
@@ -54,6 +55,7 @@ impl Module {
             Self::RetentionCarry => embedded!("retention_carry"),
             Self::RetentionStep => embedded!("retention_step"),
             Self::Training => embedded!("training"),
+            Self::Embedding => embedded!("embedding"),
         }
     }
 }

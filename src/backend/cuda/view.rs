@@ -76,6 +76,7 @@ impl<'a> Held<'a> {
             DType::F32 => address::<f32>(storage, stream, guards)?,
             DType::BF16 => address::<bf16>(storage, stream, guards)?,
             DType::F16 => address::<f16>(storage, stream, guards)?,
+            DType::F64 => address::<f64>(storage, stream, guards)?,
             DType::U8 => address::<u8>(storage, stream, guards)?,
             DType::I64 => address::<i64>(storage, stream, guards)?,
             other => return Err(Error::dtype(name, "f32, bf16 or f16", other)),
