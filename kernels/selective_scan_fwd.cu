@@ -210,7 +210,7 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     fetch(0, m.marks[0], at.begin);
     // while the first tile is on its way
     typename F::States a, h = {};
-    lane.load(a, p.a, n, LOG2E);
+    lane.load(a, p.a, n, 1.0f); // all of these are on their way before the first is used
     if (p.carried)
         lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
     else if (p.initial)
@@ -220,6 +220,10 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
         float skip = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
         m.bias[k] = bias, m.skip[k] = skip;
     }
+#pragma unroll
+    for (int k = 0; k < F::PER; ++k)
+#pragma unroll
+        for (int s = 0; s < F::STATES; ++s) a[k][s] *= LOG2E;
     __syncthreads();
     int buffer = 0, turn = 0;
     float *kept = p.kept;
