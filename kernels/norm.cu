@@ -50,18 +50,27 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
     __device__ int place(int i) const { return (i * SIZE + member) * WIDTH; }
 
     template <typename T> __device__ T *at(const Rows &r, int64_t row, int i) const {
-        int64_t outer = row / p.inner, inner = row - outer * p.inner;
+        int outer = int(row) / p.inner, inner = int(row) - outer * p.inner; // rows fit an int
         return static_cast<T *>(r.data) + outer * r.outer_step + inner * r.inner_step + first + place(i);
     }
-    template <typename T> __device__ void load(Values &to, const Rows &r, int64_t row) const {
+    // A row as it lies in memory. Rows are asked for together, and widened when all are.
+    template <typename T> struct Raw {
+        Pack<T, WIDTH> at[ITEMS];
+        __device__ Raw(const Team &team, const Rows &r, int64_t row) {
 #pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            Pack<T, WIDTH> v = {};
-            if (place(i) < p.group) v = *reinterpret_cast<const Pack<T, WIDTH> *>(at<T>(r, row, i));
-#pragma unroll
-            for (int k = 0; k < WIDTH; ++k) to[i][k] = widen(v.at[k]);
+            for (int i = 0; i < ITEMS; ++i) {
+                at[i] = {};
+                if (r.data && team.place(i) < team.p.group)
+                    at[i] = *reinterpret_cast<const Pack<T, WIDTH> *>(team.at<T>(r, row, i));
+            }
         }
-    }
+        __device__ void widened(Values &to) const {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+                for (int k = 0; k < WIDTH; ++k) to[i][k] = widen(at[i].at[k]);
+        }
+    };
     template <typename T> __device__ void store(const Rows &r, int64_t row, const Values &from) const {
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -97,10 +106,12 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
 
     // What the norm is taken of; writes the residual sum if asked.
     __device__ void gather(Values &s, Values &gate, int64_t row, bool write) const {
-        load<E>(s, p.x, row);
+        Raw<E> x(*this, p.x, row), z(*this, p.z, row);
+        Raw<R> residual(*this, p.residual, row);
+        x.widened(s);
         if (p.residual.data) {
             Values r;
-            load<R>(r, p.residual, row);
+            residual.widened(r);
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
@@ -108,7 +119,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
             if (write) store<R>(p.sum, row, s);
         }
         if (p.z.data) {
-            load<E>(gate, p.z, row);
+            z.widened(gate);
             if (!p.gate_after)
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
@@ -146,9 +157,9 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
         for (int64_t row = team; row < p.rows; row += teams) {
             Values s, gate, weight, bias;
             gather(s, gate, row, true);
-            float scale = normalise(s);
             parameter(weight, p.weight, 1.0f);
             parameter(bias, p.bias, 0.0f);
+            float scale = normalise(s);
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
@@ -164,9 +175,10 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
         Values dweight = {}, dbias = {};
         for (int64_t row = team; row < p.rows; row += teams) {
             Values s, gate, weight, h = {};
+            Raw<E> dy(*this, p.dy, row);
             gather(s, gate, row, false);
             float scale = normalise(s);
-            if (p.dy.data) load<E>(h, p.dy, row);
+            dy.widened(h);
             parameter(weight, p.weight, 1.0f);
             if (p.z.data && p.gate_after) {
                 Values dz, bias;
@@ -203,7 +215,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
 #pragma unroll
                 for (int k = 0; k < WIDTH; ++k) h[i][k] = scale * (h[i][k] - mean - s[i][k] * slope);
             if (p.dsum.data) {
-                load<R>(s, p.dsum, row);
+                Raw<R>(*this, p.dsum, row).widened(s);
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
@@ -211,7 +223,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
             }
             if (p.residual.data) store<R>(p.dresidual, row, h);
             if (p.z.data && !p.gate_after) {
-                load<E>(s, p.x, row);
+                Raw<E>(*this, p.x, row).widened(s);
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
