@@ -53,24 +53,15 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
         int outer = int(row) / p.inner, inner = int(row) - outer * p.inner; // rows fit an int
         return static_cast<T *>(r.data) + outer * r.outer_step + inner * r.inner_step + first + place(i);
     }
-    // A row as it lies in memory. Rows are asked for together, and widened when all are.
-    template <typename T> struct Raw {
-        Pack<T, WIDTH> at[ITEMS];
-        __device__ Raw(const Team &team, const Rows &r, int64_t row) {
+    template <typename T> __device__ void load(Values &to, const Rows &r, int64_t row) const {
 #pragma unroll
-            for (int i = 0; i < ITEMS; ++i) {
-                at[i] = {};
-                if (r.data && team.place(i) < team.p.group)
-                    at[i] = *reinterpret_cast<const Pack<T, WIDTH> *>(team.at<T>(r, row, i));
-            }
+        for (int i = 0; i < ITEMS; ++i) {
+            Pack<T, WIDTH> v = {};
+            if (place(i) < p.group) v = *reinterpret_cast<const Pack<T, WIDTH> *>(at<T>(r, row, i));
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) to[i][k] = widen(v.at[k]);
         }
-        __device__ void widened(Values &to) const {
-#pragma unroll
-            for (int i = 0; i < ITEMS; ++i)
-#pragma unroll
-                for (int k = 0; k < WIDTH; ++k) to[i][k] = widen(at[i].at[k]);
-        }
-    };
+    }
     template <typename T> __device__ void store(const Rows &r, int64_t row, const Values &from) const {
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -106,12 +97,10 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
 
     // What the norm is taken of; writes the residual sum if asked.
     __device__ void gather(Values &s, Values &gate, int64_t row, bool write) const {
-        Raw<E> x(*this, p.x, row), z(*this, p.z, row);
-        Raw<R> residual(*this, p.residual, row);
-        x.widened(s);
+        load<E>(s, p.x, row);
         if (p.residual.data) {
             Values r;
-            residual.widened(r);
+            load<R>(r, p.residual, row);
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
@@ -119,7 +108,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
             if (write) store<R>(p.sum, row, s);
         }
         if (p.z.data) {
-            z.widened(gate);
+            load<E>(gate, p.z, row);
             if (!p.gate_after)
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
@@ -157,9 +146,9 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
         for (int64_t row = team; row < p.rows; row += teams) {
             Values s, gate, weight, bias;
             gather(s, gate, row, true);
+            float scale = normalise(s);
             parameter(weight, p.weight, 1.0f);
             parameter(bias, p.bias, 0.0f);
-            float scale = normalise(s);
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
@@ -175,10 +164,9 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
         Values dweight = {}, dbias = {};
         for (int64_t row = team; row < p.rows; row += teams) {
             Values s, gate, weight, h = {};
-            Raw<E> dy(*this, p.dy, row);
             gather(s, gate, row, false);
             float scale = normalise(s);
-            dy.widened(h);
+            if (p.dy.data) load<E>(h, p.dy, row);
             parameter(weight, p.weight, 1.0f);
             if (p.z.data && p.gate_after) {
                 Values dz, bias;
@@ -215,7 +203,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
 #pragma unroll
                 for (int k = 0; k < WIDTH; ++k) h[i][k] = scale * (h[i][k] - mean - s[i][k] * slope);
             if (p.dsum.data) {
-                Raw<R>(*this, p.dsum, row).widened(s);
+                load<R>(s, p.dsum, row);
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
@@ -223,7 +211,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
             }
             if (p.residual.data) store<R>(p.dresidual, row, h);
             if (p.z.data && !p.gate_after) {
-                Raw<E>(*this, p.x, row).widened(s);
+                load<E>(s, p.x, row);
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll

@@ -10,7 +10,7 @@
 
 constexpr int THREADS = 256;
 constexpr int LANES = 32;
-constexpr int BLOCKS = 2; // on a multiprocessor, at least
+constexpr int BLOCKS = 2; // on a multiprocessor, at least, backward
 
 struct HeadNorm {
     const void *x, *z, *dy;
@@ -170,7 +170,7 @@ template <typename E, int TEAM, int ITEMS, int AFFINE> struct Team {
 };
 
 #define KERNELS(E, TEAM, ITEMS, NAME, AFFINE)                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
         norm_heads_fwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                            \
         Team<E, TEAM, ITEMS, AFFINE>(p).forward();                                                                      \
     }                                                                                                                   \

@@ -62,55 +62,65 @@ template <typename S> struct Slice {
     float at[ROWS][WIDTH] = {};
     int value, count; // the first of a thread's values, and how many of them exist: not clamped, see selective_scan_step.cu
 
-    template <typename F> __device__ __forceinline__ void each(const Retention &p, F &&f) {
+    // Rows as they are, with nothing between that would wait for them; numbers one by one where there are no whole quads.
+    template <typename F, typename G> __device__ __forceinline__ void each(const Retention &p, F &&whole, G &&single) {
+        if (p.values % WIDTH == 0 && count > 0) {
+            each_row(p, [&](int n, int64_t place) { whole(at[n], place); });
+        } else {
+            each_row(p, [&](int n, int64_t place) {
 #pragma unroll
-        for (int n = 0; n < ROWS; ++n) {
-            int key = threadIdx.x / ACROSS * ROWS + n;
-            if (key < p.keys) f(at[n], int64_t(key) * p.values + value);
+                for (int i = 0; i < WIDTH; ++i)
+                    if (i < count) single(at[n][i], place + i);
+            });
         }
     }
-    __device__ __forceinline__ bool whole(const Retention &p) const { return p.values % WIDTH == 0 && count > 0; }
-    __device__ __forceinline__ void load(const Retention &p, const S *from) {
-        bool all = whole(p);
-        each(p, [&](float (&x)[WIDTH], int64_t place) {
-            Quad<S> quad = {};
-            if (all) quad = *reinterpret_cast<const Quad<S> *>(from + place);
+    template <typename F> __device__ __forceinline__ void each_row(const Retention &p, F &&f) {
+        int first = threadIdx.x / ACROSS * ROWS;
+        int64_t place = int64_t(first) * p.values + value;
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i) x[i] = all ? widen(quad.at[i]) : i < count ? widen(from[place + i]) : 0.0f;
-        });
+        for (int n = 0; n < ROWS; ++n)
+            if (first + n < p.keys) f(n, place + int64_t(n) * p.values);
+    }
+    __device__ __forceinline__ void load(const Retention &p, const S *from) {
+        auto whole = [&](float (&x)[WIDTH], int64_t place) {
+            Quad<S> quad = *reinterpret_cast<const Quad<S> *>(from + place);
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) x[i] = widen(quad.at[i]);
+        };
+        each(p, whole, [&](float &x, int64_t place) { x = widen(from[place]); });
     }
     __device__ __forceinline__ void store(const Retention &p, S *to) {
-        bool all = whole(p);
-        each(p, [&](float (&x)[WIDTH], int64_t place) {
+        auto whole = [&](float (&x)[WIDTH], int64_t place) {
             Quad<S> quad;
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i) {
-                quad.at[i] = narrow<S>(x[i]);
-                if (!all && i < count) to[place + i] = quad.at[i];
-            }
-            if (all) *reinterpret_cast<Quad<S> *>(to + place) = quad;
-        });
+            for (int i = 0; i < WIDTH; ++i) quad.at[i] = narrow<S>(x[i]);
+            *reinterpret_cast<Quad<S> *>(to + place) = quad;
+        };
+        each(p, whole, [&](float &x, int64_t place) { to[place] = narrow<S>(x); });
     }
     // S = decay S + key^T x
-    __device__ __forceinline__ void take(float decay, const float4 *keys, float4 x) {
-        float values[WIDTH] = {x.x, x.y, x.z, x.w};
+    template <typename E> __device__ __forceinline__ void take(float decay, const Vector<E> *keys, const E *values) {
+        float x[WIDTH];
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) x[i] = widen(values[i]);
         rows(keys, [&](int n, float key) {
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i) at[n][i] = fmaf(decay, at[n][i], key * values[i]);
+            for (int i = 0; i < WIDTH; ++i) at[n][i] = fmaf(decay, at[n][i], key * x[i]);
         });
     }
     // o += query S
-    __device__ __forceinline__ void read(float (&o)[WIDTH], const float4 *queries) {
+    template <typename E> __device__ __forceinline__ void read(float (&o)[WIDTH], const Vector<E> *queries) {
         rows(queries, [&](int n, float query) {
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) o[i] = fmaf(query, at[n][i], o[i]);
         });
     }
-    template <typename F> __device__ __forceinline__ void rows(const float4 *numbers, F &&f) {
+    template <typename E, typename F> __device__ __forceinline__ void rows(const Vector<E> *numbers, F &&f) {
 #pragma unroll
-        for (int n = 0; n < ROWS; n += 4) {
-            float4 four = numbers[n / 4];
-            f(n, four.x), f(n + 1, four.y), f(n + 2, four.z), f(n + 3, four.w);
+        for (int n = 0; n < ROWS; n += Vector<E>::SIZE) {
+            Vector<E> x = numbers[n / Vector<E>::SIZE];
+#pragma unroll
+            for (int i = 0; i < Vector<E>::SIZE; ++i) f(n + i, widen(x.at[i]));
         }
     }
 };
@@ -137,39 +147,51 @@ template <typename E> struct Tokens {
     const Place &at;
     int before;              // tokens of the buffer
     const E *q, *k, *v;      // of the call, v from the block's first value on
-    E *keys, *values;        // of the buffer
-    float *decays;
-    int64_t key_step, value_step;
-    bool owns_keys, owns_values, aligned; // whether this is the first of the heads that share them
+    E *keys = nullptr, *values = nullptr; // of the buffer, if there is one
+    float *decays = nullptr;
+    int64_t key_step = 0, value_step = 0;
+    bool owns_keys = false, owns_values = false; // whether this is the first of the heads that share them
+    bool aligned;
     __device__ Tokens(const Step &all, const Place &at, const Row &row) : p(all.p), at(at), before(row.before) {
-        q = p.q.at<E>(at.row, at.head), k = p.k.at<E>(at.row, at.head);
-        v = p.v.at<E>(at.row, at.head) + at.first_value;
+        // shares as 32 bits, whose divisions are short
+        int key_head = at.head / int(p.k.share), value_head = at.head / int(p.v.share);
+        q = static_cast<E *>(p.q.data) + at.row * p.q.row + at.head / int(p.q.share) * p.q.head;
+        k = static_cast<E *>(p.k.data) + at.row * p.k.row + key_head * p.k.head;
+        v = static_cast<E *>(p.v.data) + at.row * p.v.row + value_head * p.v.head + at.first_value;
+        // so that the buffer's rows begin on 16 bytes, too
+        aligned = p.aligned && p.keys % Vector<E>::SIZE == 0 && p.values % Vector<E>::SIZE == 0;
+        if (all.pool.room == 0) return;
         int64_t first = int64_t(row.slot) * all.pool.room;
-        key_step = p.heads / p.k.share * p.keys, value_step = p.heads / p.v.share * p.values;
-        keys = static_cast<E *>(all.pool.keys) + first * key_step + at.head / p.k.share * p.keys;
-        values = static_cast<E *>(all.pool.values) + first * value_step + at.head / p.v.share * p.values + at.first_value;
+        key_step = p.heads / int(p.k.share) * p.keys, value_step = p.heads / int(p.v.share) * p.values;
+        keys = static_cast<E *>(all.pool.keys) + first * key_step + key_head * p.keys;
+        values = static_cast<E *>(all.pool.values) + first * value_step + value_head * p.values + at.first_value;
         decays = all.pool.decays + first * p.heads + at.head;
-        owns_keys = at.head % p.k.share == 0, owns_values = at.head % p.v.share == 0;
-        aligned = p.aligned && p.keys % Vector<E>::SIZE == 0;
+        owns_keys = key_head * int(p.k.share) == at.head, owns_values = value_head * int(p.v.share) == at.head;
     }
-    __device__ bool live(int n) const { return n < before || at.mark(p, n - before) != PAD; }
+    __device__ uint8_t mark(int n) const { return n < before ? 0 : at.mark(p, n - before); }
     __device__ const E *key(int n) const {
         return n < before ? keys + n * key_step : k + (n - before) * p.k.token;
     }
     __device__ const E *value(int n) const {
         return n < before ? values + n * value_step : v + (n - before) * p.v.token;
     }
-    __device__ Decay decay(int n) const {
-        return n < before && p.per_token ? Decay(decays[n * p.heads]) : Decay(p, at, max(n - before, 0));
+    __device__ const E *query(int n) const { return q + (n - before) * p.q.token; }
+    __device__ const float *log_decay(int n) const {
+        if (!p.per_token) return p.log_decay + at.head;
+        if (n < before) return decays + n * p.heads;
+        return p.log_decay + (int64_t(at.row) * p.length + n - before) * p.heads + at.head;
     }
-    // Numbers of a key or query from `first` on.
-    __device__ __forceinline__ Vector<E> piece(const E *from, int first, bool exists) const {
-        Vector<E> x = {};
-        if (exists && aligned && first < p.keys) return *reinterpret_cast<const Vector<E> *>(from + first);
+    // Asks for a piece of 16 bytes of a row that has `width` numbers; what does not exist becomes zero.
+    __device__ __forceinline__ void ask(Vector<E> *to, const E *row, int first, int width, bool exists) const {
+        int count = exists ? max(0, min(Vector<E>::SIZE, width - first)) : 0;
+        if (aligned) {
+            copy_async(shared_address(to), count ? row + first : k, count * int(sizeof(E)));
+            return;
+        }
+        Vector<E> x;
 #pragma unroll
-        for (int i = 0; i < Vector<E>::SIZE; ++i)
-            if (exists && first + i < p.keys) x.at[i] = from[first + i];
-        return x;
+        for (int i = 0; i < Vector<E>::SIZE; ++i) x.at[i] = i < count ? row[first + i] : narrow<E>(0.0f);
+        *to = x;
     }
     // The call's tokens join the buffer.
     __device__ void keep(int count, int left) const {
@@ -186,88 +208,85 @@ template <typename E> struct Tokens {
     }
 };
 
-// Some tokens in shared memory, f32.
-template <int KEYS> struct Batch {
+// A decay from its logarithm, as retention.cuh has it.
+__device__ __forceinline__ float factor(float log, bool starts) {
+    if (log > 0.0f) log = __int_as_float(0x7fffffff);
+    Decay decay;
+    decay.resets = starts || log < LEAST_LOGARITHM;
+    if (!decay.resets) decay.log = double(log) * 1.4426950408889634;
+    return decay.factor();
+}
+
+// Some tokens in shared memory.
+template <typename E, int KEYS> struct Batch {
     using L = Layout<KEYS>;
-    float4 queries[L::BATCH][KEYS / 4], keys[L::BATCH][KEYS / 4];
-    float values[L::BATCH][SLICE], sums[L::BATCH][L::WARPS][SLICE], decays[L::BATCH];
+    static constexpr int PIECES = KEYS / Vector<E>::SIZE, VALUE_PIECES = SLICE / Vector<E>::SIZE;
+    Vector<E> queries[L::BATCH][PIECES], keys[L::BATCH][PIECES], values[L::BATCH][VALUE_PIECES];
+    float sums[L::BATCH][L::WARPS][SLICE], decays[L::BATCH];
     bool lives[L::BATCH];
 
-    template <typename E>
-    __device__ __forceinline__ void fetch(const Tokens<E> &tokens, int first, int count, int left, bool outputs) {
-        constexpr int W = Vector<E>::SIZE, PIECES = KEYS / W, ROUNDS = (L::BATCH * PIECES + L::THREADS - 1) / L::THREADS;
-        constexpr int VALUES = (L::BATCH * SLICE + L::THREADS - 1) / L::THREADS;
-        Vector<E> key[ROUNDS], query[ROUNDS];
-        E value[VALUES];
-        Decay decay;
-#pragma unroll
-        for (int i = 0; i < ROUNDS; ++i) {
-            int place = threadIdx.x + i * L::THREADS, n = first + place / PIECES, column = place % PIECES * W;
-            bool exists = n < first + count && tokens.live(n), asks = exists && outputs && n >= tokens.before;
-            key[i] = tokens.piece(exists ? tokens.key(n) : nullptr, column, exists);
-            query[i] = tokens.piece(asks ? tokens.q + (n - tokens.before) * tokens.p.q.token : nullptr, column, asks);
+    // Asks for tokens; returns the logarithm of the decay of the thread's own, if it has one.
+    __device__ __forceinline__ float ask(const Tokens<E> &tokens, int first, int count, int left, bool outputs) {
+        float log = 0.0f;
+        if (threadIdx.x < count) log = *tokens.log_decay(first + threadIdx.x);
+        for (int i = threadIdx.x; i < count * PIECES; i += L::THREADS) {
+            int n = i / PIECES, piece = i % PIECES, column = piece * Vector<E>::SIZE, token = first + n;
+            bool live = tokens.mark(token) != PAD;
+            tokens.ask(&keys[n][piece], tokens.key(token), column, tokens.p.keys, live);
+            if (outputs && token >= tokens.before)
+                tokens.ask(&queries[n][piece], tokens.query(token), column, tokens.p.keys, live);
         }
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) {
-            int place = threadIdx.x + i * L::THREADS, n = first + place / SLICE, column = place % SLICE;
-            value[i] = narrow<E>(0.0f);
-            if (n < first + count && column < left && tokens.live(n)) value[i] = tokens.value(n)[column];
+        for (int i = threadIdx.x; i < count * VALUE_PIECES; i += L::THREADS) {
+            int n = i / VALUE_PIECES, piece = i % VALUE_PIECES, token = first + n;
+            bool live = tokens.mark(token) != PAD;
+            tokens.ask(&values[n][piece], tokens.value(token), piece * Vector<E>::SIZE, left, live);
         }
+        commit_copies();
+        return log;
+    }
+    __device__ __forceinline__ void arrive(const Tokens<E> &tokens, int first, int count, float log) {
         if (threadIdx.x < count) {
-            decay = tokens.decay(first + threadIdx.x);
-            lives[threadIdx.x] = tokens.live(first + threadIdx.x);
+            uint8_t mark = tokens.mark(first + threadIdx.x);
+            decays[threadIdx.x] = factor(log, mark == START);
+            lives[threadIdx.x] = mark != PAD;
         }
-#pragma unroll
-        for (int i = 0; i < ROUNDS; ++i) {
-            int place = threadIdx.x + i * L::THREADS, n = place / PIECES, column = place % PIECES * (W / 4);
-            if (n >= count) continue;
-#pragma unroll
-            for (int j = 0; j < W; j += 4) {
-                auto four = [&](const Vector<E> &x) {
-                    return make_float4(widen(x.at[j]), widen(x.at[j + 1]), widen(x.at[j + 2]), widen(x.at[j + 3]));
-                };
-                keys[n][column + j / 4] = four(key[i]);
-                if (outputs) queries[n][column + j / 4] = four(query[i]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) {
-            int place = threadIdx.x + i * L::THREADS;
-            if (place < count * SLICE) values[place / SLICE][place % SLICE] = widen(value[i]);
-        }
-        if (threadIdx.x < count) decays[threadIdx.x] = decay.factor();
+        wait_copies<0>();
+        __syncthreads();
     }
 };
 
 template <typename E, typename S, int KEYS> __device__ void step(const Step &all) {
     using L = Layout<KEYS>;
-    __shared__ Batch<KEYS> batch;
+    __shared__ Batch<E, KEYS> batch;
     const Retention &p = all.p;
     Place at(p, SLICE);
     Row row(all, at.row);
-    E *o = p.o.at<E>(at.row, at.head) + at.first_value;
+    int count = row.count(p.length), across = threadIdx.x % ACROSS, own = threadIdx.x / ACROSS * (ROWS / Vector<E>::SIZE);
     int left = min(SLICE, p.values - at.first_value);
+    E *o = static_cast<E *>(p.o.data) + at.row * p.o.row + at.head * p.o.head + at.first_value;
     if (row.slot < 0) {
         for (int i = threadIdx.x; row.outputs && i < p.length * left; i += L::THREADS)
             o[i / left * p.o.token + i % left] = narrow<E>(0.0f);
         return;
     }
-    Tokens<E> tokens(all, at, row);
-    int count = row.count(p.length), across = threadIdx.x % ACROSS, own = threadIdx.x / ACROSS * (ROWS / 4);
     int64_t state = (int64_t(row.slot) * p.heads + at.head) * p.keys * p.values;
+    Tokens<E> tokens(all, at, row);
     Slice<S> s;
     s.value = at.first_value + across * WIDTH, s.count = p.values - s.value;
+    float log = batch.ask(tokens, 0, min(L::BATCH, count), left, row.outputs);
     if (p.initial && count > 0) s.load(p, reinterpret_cast<const S *>(p.initial) + state);
     for (int first = 0; first < count; first += L::BATCH) {
         int now = min(L::BATCH, count - first);
-        if (first > 0) __syncthreads();
-        batch.fetch(tokens, first, now, left, row.outputs);
-        __syncthreads();
+        if (first > 0) {
+            __syncthreads();
+            log = batch.ask(tokens, first, now, left, row.outputs);
+        }
+        batch.arrive(tokens, first, now, log);
 #pragma unroll UNROLL
         for (int n = 0; n < now; ++n) {
-            float4 x = *reinterpret_cast<const float4 *>(&batch.values[n][across * WIDTH]);
+            Quad<E> x = reinterpret_cast<const Quad<E> *>(batch.values[n])[across];
             float o[WIDTH] = {};
-            if (batch.lives[n]) s.take(batch.decays[n], &batch.keys[n][own], x);
+            if (batch.lives[n]) s.take(batch.decays[n], &batch.keys[n][own], x.at);
             if (!row.outputs || first + n < row.before) continue;
             if (batch.lives[n]) s.read(o, &batch.queries[n][own]);
 #pragma unroll
@@ -277,6 +296,7 @@ template <typename E, typename S, int KEYS> __device__ void step(const Step &all
                 if (threadIdx.x % LANES < ACROSS) batch.sums[n][threadIdx.x / LANES][across * WIDTH + i] = o[i];
             }
         }
+        if (row.folds && first + now == count) s.store(p, reinterpret_cast<S *>(p.state) + state);
         if (!row.outputs) continue;
         __syncthreads();
         for (int place = threadIdx.x; place < now * SLICE; place += L::THREADS) {
@@ -287,10 +307,7 @@ template <typename E, typename S, int KEYS> __device__ void step(const Step &all
             if (token >= 0 && i < left) o[token * p.o.token + i] = narrow<E>(p.outer * sum);
         }
     }
-    if (row.folds)
-        s.store(p, reinterpret_cast<S *>(p.state) + state);
-    else
-        tokens.keep(row.stay, left);
+    if (!row.folds) tokens.keep(row.stay, left);
 }
 
 #define KERNEL(E, S, KEYS)                                                                                              \

@@ -68,15 +68,12 @@ struct Decay {
     double log = 0.0;
     int resets = 0;
     __device__ Decay() {}
-    __device__ explicit Decay(float x) { set(x, false); }
     __device__ Decay(const Retention &p, const Place &at, int token) {
         uint8_t mark = at.mark(p, token);
         if (mark == PAD) return;
-        set(p.log_decay[p.per_token ? (int64_t(at.row) * p.length + token) * p.heads + at.head : at.head], mark == START);
-    }
-    __device__ void set(float x, bool starts) {
+        float x = p.log_decay[p.per_token ? (int64_t(at.row) * p.length + token) * p.heads + at.head : at.head];
         if (x > 0.0f) x = __int_as_float(0x7fffffff); // no decay: NaN, as the caller is told
-        resets = starts || x < LEAST_LOGARITHM;
+        resets = mark == START || x < LEAST_LOGARITHM;
         if (!resets) log = double(x) * 1.4426950408889634;
     }
     // Followed by another.

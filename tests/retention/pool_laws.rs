@@ -105,7 +105,10 @@ pub fn follows_the_operator(device: &Device, session: Session, seed: u64, tolera
         let drafted = random.int(0, 2) == 0;
         let o = if drafted { pool.draft(&args(&moved), &slots) } else { pool.step(&args(&moved), &slots) };
         let o = home(&o.unwrap());
-        assert_eq!((o.dims(), o.dtype()), ([slots.len(), length, heads, session.values].as_slice(), session.dtype));
+        assert_eq!(
+            (o.dims(), o.dtype()),
+            ([slots.len(), length, heads, session.values].as_slice(), session.dtype)
+        );
         let counts: Vec<usize> =
             slots.iter().map(|_| if drafted { random.int(0, length) } else { length }).collect();
         for (b, slot) in slots.iter().enumerate() {
@@ -228,7 +231,8 @@ pub fn drift(device: &Device, window: usize, length: usize) -> Vec<f64> {
     let decays = Tensor::new(logs, device).unwrap();
     let config = RetentionPoolConfig::new(1, heads as usize, width, width);
     let mut wide = RetentionPool::new(config, device).unwrap();
-    let mut short = RetentionPool::new(RetentionPoolConfig { dtype: DType::BF16, window, ..config }, device).unwrap();
+    let mut short =
+        RetentionPool::new(RetentionPoolConfig { dtype: DType::BF16, window, ..config }, device).unwrap();
     let mut outputs = [vec![], vec![]];
     for token in 0..length {
         let mut draw = || random.normal((1, 1, heads as usize, width)).to_dtype(DType::F32).unwrap();
