@@ -40,6 +40,8 @@ mod retention_case;
 mod sanitizer;
 #[cfg(feature = "cuda")]
 mod scan;
+#[cfg(feature = "cuda")]
+mod train;
 
 use candle_core::Device;
 
