@@ -136,33 +136,74 @@ template <typename E, int TAPS, int WIDTH> struct Walk {
     }
 };
 
+// Filters the tokens of a strip.
+template <bool MARKED, typename E, int TAPS, int WIDTH> __device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk) {
+    constexpr int AHEAD = 4, DEPTH = 4;
+    using Elements = Pack<E, WIDTH>;
+    const Conv &p = walk.p;
+    auto from = static_cast<const E *>(p.x.data) + walk.row * p.x.row + walk.begin * p.x.token + walk.channel;
+    auto to = static_cast<E *>(p.y.data) + walk.row * p.y.row + walk.begin * p.y.token + walk.channel;
+    auto use = [&](const Elements &in, int t) {
+        uint8_t m = MARKED ? walk.mark(t) : 0;
+        float x[WIDTH], y[WIDTH] = {};
+        if (!MARKED || m != PAD) {
+            if (MARKED && m == START) walk.clear();
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) x[i] = widen(in.at[i]);
+            walk.push(x);
+            walk.filter(y);
+            if (p.silu)
+#pragma unroll
+                for (int i = 0; i < WIDTH; ++i) y[i] = silu(y[i]);
+        }
+        Elements out;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) out.at[i] = narrow<E>(y[i]);
+        *reinterpret_cast<Elements *>(to) = out;
+        to += p.y.token;
+    };
+    int t = walk.begin;
+    if constexpr (WIDTH == 1) {
+        walk.look_back();
+#pragma unroll 4
+        for (; t < walk.end; ++t, from += p.x.token) use(*reinterpret_cast<const Elements *>(from), t);
+    } else {
+        // Groups of tokens are on their way through shared memory; a thread uses what it has asked for itself.
+        __shared__ Elements ring[DEPTH][AHEAD][THREADS];
+        int left = walk.end - t;
+        auto ask = [&](int slot) {
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j, from += p.x.token)
+                if (j < left) copy_async<sizeof(Elements)>(&ring[slot][j][threadIdx.x], from);
+            left -= AHEAD;
+            commit_copies();
+        };
+#pragma unroll
+        for (int slot = 0; slot + 1 < DEPTH; ++slot) ask(slot);
+        walk.look_back();
+        int slot = 0;
+        for (; t + AHEAD <= walk.end; t += AHEAD, slot = (slot + 1) % DEPTH) {
+            wait_copies<DEPTH - 2>();
+            Elements now[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) now[j] = ring[slot][j][threadIdx.x];
+            ask((slot + DEPTH - 1) % DEPTH);
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) use(now[j], t + j);
+        }
+        wait_copies<0>();
+#pragma unroll 1
+        for (int j = 0; t < walk.end; ++j, ++t) use(ring[slot][j][threadIdx.x], t);
+    }
+}
+
 template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p) {
-    constexpr int AHEAD = 4;
     Walk<E, TAPS, WIDTH> walk(p);
     if (!walk.live) return;
-    walk.look_back();
-    for (int first = walk.begin; first < walk.end; first += AHEAD) {
-        float x[AHEAD][WIDTH];
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (first + j < walk.end) walk.load(x[j], p.x, first + j);
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
-            int t = first + j;
-            if (t >= walk.end) break;
-            uint8_t m = walk.mark(t);
-            float y[WIDTH] = {};
-            if (m != PAD) {
-                if (m == START) walk.clear();
-                walk.push(x[j]);
-                walk.filter(y);
-                if (p.silu)
-#pragma unroll
-                    for (int i = 0; i < WIDTH; ++i) y[i] = silu(y[i]);
-            }
-            walk.store(p.y, t, y);
-        }
-    }
+    if (p.marks)
+        filter_strip<true>(walk);
+    else
+        filter_strip<false>(walk);
     if (walk.end < p.length) return;
     // slots 1.. of the next token's window, were there one
 #pragma unroll
