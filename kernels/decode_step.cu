@@ -1,6 +1,6 @@
 // A step of decoding as one kernel: a program of phases for up to 8 rows (8 tokens of one sequence, or one of 8, or between).
 //
-// Grid: one block a multiprocessor, all there at once (a cooperative launch), 8 warps that multiply and 8 that copy. Every phase is a product of a few
+// Grid: one block a multiprocessor, all there at once (a cooperative launch), 8 warps that multiply and 4 that copy. Every phase is a product of a few
 // rows with a matrix whose outputs are shared by the blocks, and what follows from it alone. Weights stream past the phases
 // into rings of shared memory (decode_stream.cuh); activations go from block to block as words that say themselves when
 // they are there (decode.cuh).
@@ -13,25 +13,30 @@ constexpr int AHEAD = 4; // phases: a layer of Mamba
 constexpr int NEAR = 4;  // phases at hand: the next one, and two that warps may be apart
 constexpr int MOST_SHAPES = 8;
 
-// Copies weights for warp `warp`, and brings close what else will be needed.
-template <typename E> __device__ void copy(const Step &p, Ring ring, const Weights *weights, const Share *shares, int warp) {
+// Copies weights for two warps, and brings close what else will be needed.
+template <typename E>
+__device__ void copy(const Step &p, const Weights *weights, const Share *shares, uint32_t slots, uint32_t flags, int warp) {
+    Ring one(slots, flags, p.ring_slots, warp), other(slots, flags, p.ring_slots, warp + COPIERS);
 #pragma unroll 1
     for (int i = 1 - AHEAD; i < p.count; ++i) {
         int later = i + AHEAD;
-        if (later < p.count) hints<E>(p, p.phases[later], shares[weights[later].shape], warp);
+        if (later < p.count)
+            for (int part = warp; part < HINTS; part += COPIERS)
+                hints<E>(p, p.phases[later], shares[weights[later].shape], part);
         if (i < 0) continue;
         Share share = Share::load(shares[weights[i].shape]);
-        if (share.count > 0 && warp < share.warps) copy_weights(ring, weights[i], share, warp);
+        if (share.count > 0 && warp < share.warps) copy_weights(one, other, weights[i], share, warp);
     }
     wait_copies<0>();
 }
 
-template <typename E> __device__ void step(const Step &p) {
+template <typename E, bool MANY> __device__ void step(const Step &p) {
     extern __shared__ __align__(128) char bytes[];
     __shared__ float row_sums[2][WARPS][MOST_ROWS];
     __shared__ Phase phases[NEAR];
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
-    __shared__ Flag flags[2][WARPS][MOST_SLOTS];
+    __shared__ uint64_t flag_words[Ring::FLAGS];
+    __shared__ __align__(16) char zeros[GROUPS * GROUP];
     Share *shares = reinterpret_cast<Share *>(share_bytes);
     char *free = bytes + p.ring_slots * WARPS * SLOT;
     auto room = [&](int size) {
@@ -39,14 +44,16 @@ template <typename E> __device__ void step(const Step &p) {
         free += (size + 15) / 16 * 16;
         return own;
     };
-    int warp = warp_of() % WARPS;
-    bool copies = warp_of() >= WARPS;
+    int warp = warp_of();
+    uint32_t slots = shared_address(bytes), flags = shared_address(flag_words);
     Weights *weights = reinterpret_cast<Weights *>(room(p.count * sizeof(Weights)));
     const uint4 *all_weights = reinterpret_cast<const uint4 *>(p.weights);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < p.count; i += 2 * THREADS) reinterpret_cast<uint4 *>(weights)[i] = all_weights[i];
+    for (int i = threadIdx.x; i < p.count; i += blockDim.x) reinterpret_cast<uint4 *>(weights)[i] = all_weights[i];
     if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x]);
-    if (copies && lane_of() < p.ring_slots) flags[0][warp][lane_of()].begin(LANES), flags[1][warp][lane_of()].begin(1);
+    if (threadIdx.x < Ring::FLAGS)
+        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : LANES);
+    if (threadIdx.x < sizeof(zeros) / 4) reinterpret_cast<float *>(zeros)[threadIdx.x] = 0.0f;
     // phases near the current one lie in shared memory, a lane's eight bytes each
     constexpr int PIECES = sizeof(Phase) / 8;
     static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
@@ -57,12 +64,12 @@ template <typename E> __device__ void step(const Step &p) {
         if (threadIdx.x < PIECES) reinterpret_cast<uint64_t *>(&phases[i % NEAR])[threadIdx.x] = piece;
     };
     keep_phase(0, load_phase(0));
-    Ring ring = {bytes + warp * p.ring_slots * SLOT + lane_of() * UNIT, flags[0][warp], flags[1][warp], p.ring_slots};
     uint32_t mark = *reinterpret_cast<volatile unsigned *>(p.epoch);
     __syncthreads();
-    if (copies) return copy<E>(p, ring, weights, shares, warp);
+    if (warp >= WARPS) return copy<E>(p, weights, shares, slots, flags, warp - WARPS);
 
-    Block<E> b = {p, row_sums, mark};
+    Ring ring(slots, flags, p.ring_slots, warp);
+    Block<E, MANY> b = {p, row_sums, mark};
     b.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
     b.own_stream = reinterpret_cast<float *>(room(p.rows * p.own_hidden * sizeof(float)));
@@ -88,24 +95,29 @@ template <typename E> __device__ void step(const Step &p) {
             Early early;
             int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
             Task task;
-            if (moves) Recurrence<E>(b, phase, share).load(early);
+            float *place = nullptr;
+            b.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
+            if (moves) Recurrence<E, MANY>(b, phase, share).load(early);
             if (kind == ADD && phase.layer == 0) b.begin_stream(share);
             auto find = [&](int n, int first, int last) {
                 task = Task(b, phase, share, n, first, last);
-                if (mixes && task.live && task.segment == 0)
-                    Filter(early, p, phase, task.output, task.slot).load(p, phase, task.output);
+                place = nullptr;
+                if (!mixes || !task.live || task.segment) return;
+                place = Filter::place(p, phase, task);
+                Filter(early, p).load(phase, task.output, place);
             };
             if (!moves && warp * LANES < tasks) find(threadIdx.x, 0, tiles);
             if (mixes || ends) {
                 b.take_norm(phase.norm, share, i == 0);
             } else if (moves) {
                 b.take_selected(phase);
-                if (p.normed) Recurrence<E>(b, phase, share).norms();
-                if (!p.keep && blockIdx.x == 0) Recurrence<E>(b, phase, share).leave_selected();
+                if (p.normed) Recurrence<E, MANY>(b, phase, share).norms();
+                if (!p.keep && blockIdx.x == 0) Recurrence<E, MANY>(b, phase, share).leave_selected();
             } else if (warp < share.warps) {
                 b.take(phase, share);
             }
-            const char *x = moves ? b.selected + warp * share.groups * GROUP : b.x;
+            uint32_t x = shared_address(moves ? b.selected + warp * share.groups * GROUP : b.x);
+            int pitch = moves ? b.selected_pitch : b.pitch;
             // as many tiles at a time as there is room for
 #pragma unroll 1
             for (int first = 0; first < share.all_tiles; first += most_tiles) {
@@ -113,7 +125,7 @@ template <typename E> __device__ void step(const Step &p) {
                 b.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
                 round ^= 1;
                 if (warp < share.warps)
-                    multiply<E>(ring, share, x, moves ? b.selected_pitch : b.pitch, p.rows, tiles, b.sums);
+                    multiply<E>(ring, share, x, shared_address(zeros), pitch, p.rows, tiles, b.sums);
                 keep_phase(i + 1, later);
                 meet();
                 if (moves) break;
@@ -121,10 +133,17 @@ template <typename E> __device__ void step(const Step &p) {
 #pragma unroll 1
                 for (int n = threadIdx.x; n - lane_of() < tasks; n += THREADS) {
                     if (n >= THREADS || first > 0) find(n, first, first + tiles);
-                    finish(b, phase, share, kind, task, early);
+                    if (mixes)
+                        mix(b, phase, share, task, early, place);
+                    else if (kind == SELECT)
+                        select(b, share, task);
+                    else if (kind == ADD)
+                        add(b, share, task);
+                    else
+                        head(b, share, task);
                 }
             }
-            if (moves) Recurrence<E>(b, phase, share).run(early);
+            if (moves) Recurrence<E, MANY>(b, phase, share).run(early);
         } else {
             keep_phase(i + 1, later);
             meet();
@@ -141,10 +160,10 @@ template <typename E> __device__ void step(const Step &p) {
     p.epoch[0] = b.mark;
 }
 
-#define KERNEL(E)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(2 * THREADS, 1) decode_step_##E(const __grid_constant__ Step p) {          \
-        step<E>(p);                                                                                                     \
-    }
-KERNEL(float)
-KERNEL(bf16)
-KERNEL(f16)
+#define KERNEL(E, ROWS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS + COPIERS * LANES, 1)                                          \
+        decode_step_##E##_##ROWS(const __grid_constant__ Step p) { step<E, (ROWS > 1)>(p); }
+#define KERNELS(E) KERNEL(E, 1) KERNEL(E, 8)
+KERNELS(float)
+KERNELS(bf16)
+KERNELS(f16)

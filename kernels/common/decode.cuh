@@ -4,7 +4,8 @@
 #include <type_traits>
 
 constexpr int LANES = 32;
-constexpr int WARPS = 8; // that multiply; as many others copy weights for them
+constexpr int WARPS = 8;   // that multiply
+constexpr int COPIERS = 4; // warps that copy weights for them
 constexpr int THREADS = WARPS * LANES;
 constexpr int MOST_ROWS = 8;
 
@@ -65,31 +66,34 @@ struct Rows {
 
 // A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
 // both are there; zeros behind the end of the row.
-constexpr int AT_ONCE = 5;
+template <int COUNT>
 __device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to) {
-    // one word is as good a sign as many that its neighbours are close
+    // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
     if (end > 0)
         while (mark_of(peek(row)) != mark) {}
 #pragma unroll 1
-    for (int start = rows.begin; start < pairs; start += AT_ONCE * rows.lanes) {
-        Words w[AT_ONCE];
+    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
+        Words w[COUNT];
 #pragma unroll
-        for (int m = 0; m < AT_ONCE; ++m) {
+        for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;
             if (i < end) w[m] = peek_two(row + 2 * i);
         }
 #pragma unroll
-        for (int m = 0; m < AT_ONCE; ++m) {
+        for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;
             if (i < end)
-                while (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark) w[m] = peek_two(row + 2 * i);
+                while (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark) {
+                    // many that ask again and again would keep L2 busy
+                    if (COUNT > 5) __nanosleep(100);
+                    w[m] = peek_two(row + 2 * i);
+                }
             else
                 w[m] = {};
             if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
         }
     }
 }
-
 // Activations in a word: two of 16 bits, or one of 32. `next` is the second.
 template <typename E> constexpr int PACK = 4 / sizeof(E);
 __device__ __forceinline__ uint32_t pack(bf16 x, bf16 next) {

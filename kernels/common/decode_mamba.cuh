@@ -8,23 +8,25 @@
 #include "decode_phases.cuh"
 
 constexpr int TAPS = 4;
-constexpr int NUMBERS = 8; // of a state, in a lane
-static_assert(2 * NUMBERS + 2 <= EARLY && 2 * TAPS <= EARLY, "what is loaded early has room");
+constexpr int NUMBERS = 4; // of a state, in a lane, twice where a state has more than half a warp's
+static_assert(4 * NUMBERS + 2 <= EARLY && 2 * TAPS <= EARLY, "what is loaded early has room");
 
 // What the thread of one channel and one sequence has of the convolution.
 struct Filter {
     float *tap, *window, &shift;
-    float *place;
     int missing;
 
-    __device__ Filter(Early &early, const Step &p, const Phase &phase, int channel, int slot)
-        : tap(early), window(early + TAPS), shift(early[2 * TAPS - 1]), missing(TAPS - p.filter) {
-        place = slot < 0 ? nullptr : phase.window + (int64_t(slot) * p.channels + channel) * (p.filter - 1);
+    __device__ Filter(Early &early, const Step &p)
+        : tap(early), window(early + TAPS), shift(early[2 * TAPS - 1]), missing(TAPS - p.filter) {}
+    // Where its state lies; null for an idle row.
+    __device__ static float *place(const Step &p, const Phase &phase, const Task &task) {
+        int slot = p.slots[task.sequence];
+        return slot < 0 ? nullptr : phase.window + (int64_t(slot) * p.channels + task.output) * (p.filter - 1);
     }
-    __device__ void load(const Step &p, const Phase &phase, int channel) {
+    __device__ void load(const Phase &phase, int channel, const float *place) {
 #pragma unroll
         for (int k = 0; k < TAPS; ++k) {
-            tap[k] = k >= missing ? phase.taps[int64_t(channel) * p.filter + k - missing] : 0.0f;
+            tap[k] = k >= missing ? phase.taps[channel * (TAPS - missing) + k - missing] : 0.0f;
             if (k + 1 < TAPS) window[k] = k >= missing && place ? place[k - missing] : 0.0f;
         }
         shift = phase.shift ? phase.shift[channel] : 0.0f;
@@ -38,60 +40,66 @@ struct Filter {
         window[TAPS - 2] = x;
         return silu(sum);
     }
-    __device__ void store() const {
-        if (!place) return;
+    __device__ void store(float *place) const {
 #pragma unroll
         for (int k = 0; k + 1 < TAPS; ++k)
             if (k >= missing) place[k - missing] = window[k];
     }
 };
 
-// A lane's part of a channel's state.
+// A lane's numbers of a channel's state: four, or four of each half.
 struct Part {
-    int own;    // numbers from the lane's first on; not clamped to its own, see selective_scan_step.cu
-    bool whole; // all of them, in pieces of 16 bytes
+    int states, lane, halves;
 
-    __device__ Part(int states, int lane) {
-        own = states - lane * NUMBERS;
-        whole = own >= NUMBERS && states % 4 == 0;
-    }
+    __device__ Part(int states, int lane, int halves) : states(states), lane(lane), halves(halves) {}
+    __device__ int first(int half) const { return half * LANES / 2 * NUMBERS + lane * NUMBERS; }
     __device__ void load(float *to, const float *from) const {
-        if (whole) {
 #pragma unroll
-            for (int i = 0; i < NUMBERS; i += 4) {
-                float4 v = *reinterpret_cast<const float4 *>(from + i);
-                to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        for (int half = 0; half < 2; ++half) {
+            if (half >= halves) break;
+            float *own = to + half * NUMBERS;
+            const float *at = from + first(half);
+            int count = states - first(half); // not clamped to four, see selective_scan_step.cu
+            if (states % NUMBERS == 0 && count > 0) {
+                float4 v = *reinterpret_cast<const float4 *>(at);
+                own[0] = v.x, own[1] = v.y, own[2] = v.z, own[3] = v.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < NUMBERS; ++i) own[i] = i < count ? at[i] : 0.0f;
             }
-        } else {
-#pragma unroll
-            for (int i = 0; i < NUMBERS; ++i) to[i] = i < own ? from[i] : 0.0f;
         }
     }
     __device__ void store(float *to, const float *from) const {
-        if (whole) {
 #pragma unroll
-            for (int i = 0; i < NUMBERS; i += 4)
-                *reinterpret_cast<float4 *>(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
-        } else {
+        for (int half = 0; half < 2; ++half) {
+            if (half >= halves) break;
+            const float *own = from + half * NUMBERS;
+            float *at = to + first(half);
+            int count = states - first(half);
+            if (states % NUMBERS == 0 && count > 0) {
+                *reinterpret_cast<float4 *>(at) = make_float4(own[0], own[1], own[2], own[3]);
+            } else {
 #pragma unroll
-            for (int i = 0; i < NUMBERS; ++i)
-                if (i < own) to[i] = from[i];
+                for (int i = 0; i < NUMBERS; ++i)
+                    if (i < count) at[i] = own[i];
+            }
         }
     }
 };
 
 // The recurrence: a state of N numbers lies in `split` lanes.
-template <typename E> struct Recurrence {
-    Block<E> &b;
+template <typename E, bool MANY> struct Recurrence {
+    Block<E, MANY> &b;
     const Phase &phase;
     const Share &share;
-    int tasks, split = 1, bits = 0, lane, group;
+    int tasks, halves, split = 1, bits = 0, lane, group;
     int own, channel, sequence, slot;
-    int64_t place; // of the lane's numbers in those of a sequence
+    int place; // of the channel's numbers in those of a sequence
 
-    __device__ Recurrence(Block<E> &b, const Phase &phase, const Share &share) : b(b), phase(phase), share(share) {
+    __device__ Recurrence(Block<E, MANY> &b, const Phase &phase, const Share &share) : b(b), phase(phase), share(share) {
         tasks = (b.p.tokens == 1 ? b.p.rows : Divide(b.p.tokens)(b.p.rows)) * share.count;
-        while (split * NUMBERS < b.p.states) split *= 2, ++bits;
+        halves = b.p.states > LANES / 2 * NUMBERS ? 2 : 1;
+        while (split * halves * NUMBERS < b.p.states) split *= 2, ++bits;
         lane = threadIdx.x & (split - 1), group = threadIdx.x >> bits;
     }
     // Threads of whole warps have tasks, some of them none that counts.
@@ -101,16 +109,16 @@ template <typename E> struct Recurrence {
         sequence = Divide(share.count)(task);
         own = task - sequence * share.count, channel = share.first + own;
         slot = b.p.slots[sequence];
-        place = int64_t(channel) * b.p.states + lane * NUMBERS;
+        place = channel * b.p.states;
     }
     __device__ float *state() const { return phase.state + int64_t(slot) * b.p.channels * b.p.states + place; }
     __device__ void load_found(Early &early) {
-        Part part(b.p.states, lane);
+        Part part(b.p.states, lane, halves);
         part.load(early, phase.a + place);
 #pragma unroll
-        for (int i = 0; i < NUMBERS; ++i) early[NUMBERS + i] = 0.0f;
-        if (slot >= 0) part.load(early + NUMBERS, state());
-        early[2 * NUMBERS] = phase.dt_bias[channel], early[2 * NUMBERS + 1] = phase.d[channel];
+        for (int i = 0; i < 2 * NUMBERS; ++i) early[2 * NUMBERS + i] = 0.0f;
+        if (slot >= 0) part.load(early + 2 * NUMBERS, state());
+        early[4 * NUMBERS] = phase.dt_bias[channel], early[4 * NUMBERS + 1] = phase.d[channel];
     }
     __device__ void load(Early &early) {
         if (!has(group)) return;
@@ -147,25 +155,32 @@ template <typename E> struct Recurrence {
     }
     __device__ void run(Early &early) {
         const Step &p = b.p;
-        Part part(p.states, lane);
+        Part part(p.states, lane, halves);
 #pragma unroll 1
         for (int task = group; has(task); task += THREADS >> bits) {
             find(task);
             if (task >= THREADS >> bits) load_found(early);
             bool live = task < tasks;
-            float *a = early, *h = early + NUMBERS, bias = early[2 * NUMBERS], skip = early[2 * NUMBERS + 1];
+            float *a = early, *h = early + 2 * NUMBERS, bias = early[4 * NUMBERS], skip = early[4 * NUMBERS + 1];
 #pragma unroll 1
             for (int t = 0; t < p.tokens; ++t) {
                 int row = sequence * p.tokens + t, at = row * p.own_channels + own;
-                E delta = narrow<E>(b.sum(share, own, row));
+                E delta = narrow<E>(sum_of(share, b.place_of_sum(own, row)));
                 float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
-                const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank + lane * NUMBERS;
+                const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
 #pragma unroll
-                for (int k = 0; k < NUMBERS; ++k)
-                    if (k < part.own) {
-                        h[k] = fmaf(exp2_fast(dt * (a[k] * LOG2E)), h[k], dt * u * widen(in[k]));
-                        y = fmaf(h[k], widen(in[p.states + k]), y);
+                for (int half = 0; half < 2; ++half) {
+                    if (half >= halves) break;
+#pragma unroll
+                    for (int k = 0; k < NUMBERS; ++k) {
+                        // a lane's numbers behind the end have nothing to do with what lies there
+                        int n = part.first(half) + k, i = half * NUMBERS + k;
+                        bool own = n < p.states;
+                        float into = widen(in[own ? n : 0]), out = widen(in[own ? p.states + n : 0]);
+                        h[i] = fmaf(exp2_fast(dt * (a[i] * LOG2E)), h[i], own ? dt * u * into : 0.0f);
+                        y = fmaf(h[i], out, y);
                     }
+                }
 #pragma unroll 1
                 for (int lanes = split / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
                 y = slot < 0 ? 0.0f : fmaf(skip, u, y) * silu(b.own_z[at]);
@@ -181,54 +196,63 @@ template <typename E> struct Recurrence {
 };
 
 // What becomes of a phase's products, those of STATE aside. Whole warps, for words of two lanes.
-template <typename E>
-__device__ void finish(Block<E> &b, const Phase &phase, const Share &share, int kind, const Task &task, Early &early) {
+template <typename E, bool MANY>
+__device__ void mix(Block<E, MANY> &b, const Phase &phase, const Share &share, const Task &task, Early &early, float *place) {
     const Step &p = b.p;
-    Filter filter(early, p, phase, task.output, task.slot);
+    Filter filter(early, p);
+    int own = task.row * p.own_channels + task.own, at = task.row * p.channels + task.output;
+#pragma unroll 1
+    for (int t = 0; t < p.tokens; ++t, own += p.own_channels, at += p.channels) {
+        E x = narrow<E>(task.value(share, t)), y = x;
+        float u = widen(x);
+        if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
+        E next = narrow<E>(__shfl_down_sync(~0u, u, 1));
+        if (!task.live) continue;
+        if (task.segment == 0 && task.own % PACK<E> == 0) publish(p.u + at / PACK<E>, pack(y, next), b.mark);
+        (task.segment ? b.own_z : b.own_u)[own] = widen(y);
+        if (p.keep || task.segment) continue;
+        static_cast<E *>(p.drafts[phase.layer].x)[at] = x;
+        static_cast<E *>(p.drafts[phase.layer].u)[at] = y;
+    }
+    if (place && p.keep) filter.store(place);
+}
+template <typename E, bool MANY> __device__ void select(Block<E, MANY> &b, const Share &share, const Task &task) {
+    int words = words_of<E>(share.outputs), w = task.output / PACK<E>;
+#pragma unroll 1
+    for (int t = 0; t < b.p.tokens; ++t) {
+        float value = task.value(share, t), next = __shfl_down_sync(~0u, value, 1);
+        Word *row = b.p.selected + (task.row + t) * words;
+        if (!task.live) continue;
+        if (task.own % PACK<E> == 0) publish(row + w, pack(narrow<E>(value), narrow<E>(next)), b.mark);
+        // the word that makes a pair of the last one
+        if (w + 2 == words && task.output + 1 == share.outputs) publish(row + w + 1, 0, b.mark);
+    }
+}
+template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task &task) {
+    const Step &p = b.p;
+    if (!task.live) return;
 #pragma unroll 1
     for (int t = 0; t < p.tokens; ++t) {
-        int row = task.sequence * p.tokens + t;
-        float value = task.bias;
-        if (task.live) value += b.sum(share, task.place, row);
-        E y = narrow<E>(value), x = y;
-        if (kind == MIX && task.segment == 0) {
-            value = filter.next(widen(x));
-            y = narrow<E>(value);
-        }
-        int64_t place = int64_t(row) * share.outputs + task.output;
-        if (kind == MIX || kind == SELECT) {
-            E next = narrow<E>(__shfl_down_sync(~0u, value, 1));
-            Word *to = p.u + place / PACK<E>;
-            int words = words_of<E>(share.outputs), w = task.output / PACK<E>;
-            if (kind == SELECT) to = p.selected + int64_t(row) * words + w;
-            if (!task.live) continue;
-            if (task.segment == 0 && task.own % PACK<E> == 0) publish(to, pack(y, next), b.mark);
-            if (kind == SELECT) {
-                // the word that makes a pair of the last one
-                if (w + 2 == words && task.output + 1 == share.outputs)
-                    publish(p.selected + int64_t(row + 1) * words - 1, 0, b.mark);
-                continue;
-            }
-            (task.segment ? b.own_z : b.own_u)[row * p.own_channels + task.own] = widen(y);
-            if (!p.keep && task.segment == 0) {
-                static_cast<E *>(p.drafts[phase.layer].x)[place] = x;
-                static_cast<E *>(p.drafts[phase.layer].u)[place] = y;
-            }
-        } else if (task.live && kind == ADD) {
-            float *own = b.own_stream + row * p.own_hidden + task.own;
-            float sum = *own + widen(y);
-            if (!p.wide) sum = widen(narrow<E>(sum));
-            *own = sum;
-            publish(p.stream + place, __float_as_uint(sum), b.mark);
-        } else if (task.live) {
-            static_cast<E *>(p.logits)[place] = y;
-            b.logits[row * share.count + task.own] = widen(y);
-        }
+        float *own = b.own_stream + (task.row + t) * p.own_hidden + task.own;
+        float sum = *own + widen(narrow<E>(task.value(share, t)));
+        if (!p.wide) sum = widen(narrow<E>(sum));
+        publish(p.stream + (task.row + t) * p.hidden + task.output, __float_as_uint(sum), b.mark);
+        *own = sum;
     }
-    if (kind == MIX && task.live && task.segment == 0 && p.keep) filter.store();
+}
+template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const Share &share, const Task &task) {
+    const Step &p = b.p;
+    if (!task.live) return;
+#pragma unroll 1
+    for (int t = 0; t < p.tokens; ++t) {
+        E y = narrow<E>(task.value(share, t));
+        static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = y;
+        b.logits[(task.row + t) * share.count + task.own] = widen(y);
+    }
 }
 
-// A layer ahead, a warp for each: what the phase reads beside its weights.
+constexpr int HINTS = 6;
+// A layer ahead, a part for each warp: what the phase reads beside its weights.
 template <typename E> __device__ void hints(const Step &p, const Phase &phase, const Share &share, int warp) {
     int sequences = 1, each = 0;
     const void *from = nullptr;

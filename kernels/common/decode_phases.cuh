@@ -63,16 +63,29 @@ __device__ __forceinline__ void hint(const void *from, int bytes) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(from) + min(at, bytes - 1)));
 }
 
+// The products' sum that begins at `at`, over the warps.
+__device__ __forceinline__ float sum_of(const Share &share, const float *at) {
+    float part[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) part[w] = w < share.warps ? at[w * TILE] : 0.0f;
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) part[0] += part[w];
+    return part[0];
+}
+
 // What a thread loads before its phase's inputs are there.
 constexpr int EARLY = 18;
 using Early = float[EARLY];
 
-// A block's memory and what it knows throughout a step.
-template <typename E> struct Block {
+constexpr int AT_ONCE = 5; // pairs of numbers that a lane has in registers
+
+// A block's memory and what it knows throughout a step. With many rows, words come in larger groups.
+template <typename E, bool MANY> struct Block {
+    static constexpr int WORDS = MANY ? 2 * AT_ONCE : AT_ONCE;
     const Step &p;
     float (*row_sums)[WARPS][MOST_ROWS]; // [2], used in turn, so that one barrier is enough
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
-    float *sums;                         // of the current phase's products
+    float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
     float *own_u, *own_z;                // [R, own_channels]
     float *logits;                       // [R, the block's own]
@@ -90,7 +103,7 @@ template <typename E> struct Block {
         int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
         pitch = pitch_of(share.groups);
         if (rows.live)
-            receive(phase.from + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs, min(pairs, row_pairs - first),
+            receive<WORDS>(phase.from + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs, min(pairs, row_pairs - first),
                     mark - 1, x + rows.own * pitch);
         __syncwarp();
     }
@@ -129,7 +142,7 @@ template <typename E> struct Block {
         char *own = x + rows.own * pitch;
         if (!rows.live) end = 0;
         if (!first && rows.live)
-            receive(p.stream + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end, mark - 1, own);
+            receive<WORDS>(p.stream + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end, mark - 1, own);
         else if (first)
 #pragma unroll 1
             for (int i = rows.begin; i < end; i += rows.lanes)
@@ -200,34 +213,28 @@ template <typename E> struct Block {
             own_stream[r * p.own_hidden + k] = embedded(r, share.first + k);
         }
     }
-    // The products' sum for output `own` of the tiles that are there, in a row.
-    __device__ float sum(const Share &share, int own, int row) const {
-        const float *at = sums + (own / TILE * WARPS * p.rows + row) * TILE + own % TILE;
-        float value = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w)
-            if (w < share.warps) value += at[w * p.rows * TILE];
-        return value;
+    // Where that of output `own` of the tiles that are there lies, for row `row`.
+    __device__ const float *place_of_sum(int own, int row) const {
+        return sums + (own / TILE * p.rows + row) * WARPS * TILE + own % TILE;
     }
 };
 
-// An output of a block in one sequence, and what its thread loads early.
+// An output of a block in the rows of one sequence.
 struct Task {
-    int place;             // among the outputs of the tiles that are there
-    int sequence, segment;
-    int own, output;       // output `own` of the block's share, `output` of all
-    int slot;
+    int row, sequence;         // the first row
+    int segment, own, output;  // output `own` of the block's share, `output` of all
     bool live;
     float bias;
+    const float *sum;
 
     __device__ Task() {}
-    template <typename E>
-    __device__ Task(const Block<E> &b, const Phase &phase, const Share &share, int task, int first, int last) {
-        const Step &p = b.p;
-        int sequences = p.tokens == 1 ? p.rows : Divide(p.tokens)(p.rows), q = task / TILE;
+    // Task `task` of those of tiles first to last - 1.
+    template <typename E, bool MANY>
+    __device__ Task(const Block<E, MANY> &b, const Phase &phase, const Share &share, int task, int first, int last) {
+        int sequences = b.p.tokens == 1 ? b.p.rows : Divide(b.p.tokens)(b.p.rows), q = task / TILE;
         int tile = sequences == 1 ? q : Divide(sequences)(q);
-        sequence = q - tile * sequences;
-        place = tile * TILE + task % TILE;
+        sequence = q - tile * sequences, row = sequence * b.p.tokens;
+        sum = b.place_of_sum(tile * TILE + task % TILE, row);
         tile += first;
         live = tile < last;
         for (segment = 0; tile >= share.tiles && segment + 1 < share.segments; ++segment) tile -= share.tiles;
@@ -236,7 +243,10 @@ struct Task {
         output = share.first + own;
         bias = 0.0f;
         if (live && phase.bias) bias = widen(static_cast<const E *>(phase.bias)[segment * share.outputs + output]);
-        slot = live ? p.slots[sequence] : -1;
+    }
+    // In the row of token t. Nothing where there is no output.
+    __device__ float value(const Share &share, int t) const {
+        return live ? sum_of(share, sum + t * WARPS * TILE) + bias : 0.0f;
     }
 };
 

@@ -1,8 +1,8 @@
 // A block's share of the weights, streamed through shared memory, and the products with them.
 //
 // The blocks share a matrix's outputs, the warps of a block its rows' bytes: a warp multiplies the same part of every row,
-// and what it found is added up in the order of the warps. Weights depend on nothing, so that other warps copy them, one for
-// each, through all phases in order and as far ahead as the ring of slots goes.
+// and what it found is added up in the order of the warps. Weights depend on nothing, so that other warps copy them
+// through all phases in order, as far ahead as the ring of slots goes.
 #pragma once
 #include "decode.cuh"
 
@@ -69,79 +69,92 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// A barrier in shared memory, for those who fill a slot or for the one who has read it.
-struct Flag {
-    uint64_t bits;
-
-    __device__ void begin(int count) {
-        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&bits)), "r"(count) : "memory");
-    }
-    // Behind all of the lane's copies.
-    __device__ void raise_behind_copies() {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&bits)) : "memory");
-    }
-    __device__ void raise() {
-        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(&bits))
-                     : "memory");
-    }
-    __device__ bool is_raised(int parity) {
-        uint32_t done;
-        asm volatile("{ .reg .pred p; "
+// Barriers in shared memory, for those who fill a slot and for the one who has read it.
+__device__ __forceinline__ void begin_flag(uint32_t flag, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(flag), "r"(count) : "memory");
+}
+__device__ __forceinline__ void raise_flag(uint32_t flag) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(flag) : "memory");
+}
+// Behind all of the lane's copies.
+__device__ __forceinline__ void raise_flag_behind_copies(uint32_t flag) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
+}
+__device__ __forceinline__ void wait_for_flag(uint32_t flag, int parity) {
+    uint32_t done;
+    do asm volatile("{ .reg .pred p; "
 #if __CUDA_ARCH__ >= 900
-                     "mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+                    "mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
 #else
-                     "mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
+                    "mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
 #endif
-                     "selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done)
-                     : "r"(shared_address(&bits)), "r"(parity)
-                     : "memory");
-        return done;
-    }
-    __device__ void wait(int parity) {
-        while (!is_raised(parity)) {}
-    }
-};
+                    "selp.u32 %0, 1, 0, p; }"
+                    : "=r"(done)
+                    : "r"(flag), "r"(parity)
+                    : "memory");
+    while (!done);
+}
 
-// A warp's slots. Filled and read in turn; `round` is how often all have been.
+// A warp's slots, filled and read in turn. Shared addresses; `round` is how often all have been, modulo 2.
 struct Ring {
-    char *slots; // the lane's own place in the first
-    Flag *full, *empty;
+    uint32_t slots, full, empty; // the lane's own place in the first slot; flags of all
     int size, next = 0, round = 0;
+    uint64_t policy; // weights come once a step: they leave L2 to what stays
 
-    __device__ char *slot() const { return slots + next * SLOT; }
+    __device__ Ring(uint32_t slots, uint32_t flags, int size, int warp) : size(size) {
+        this->slots = slots + warp * size * SLOT + lane_of() * UNIT;
+        full = flags + warp * 2 * MOST_SLOTS * FLAG, empty = full + MOST_SLOTS * FLAG;
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    }
+    static constexpr int FLAG = sizeof(uint64_t);
+    static constexpr int FLAGS = WARPS * 2 * MOST_SLOTS;
+
+    __device__ uint32_t slot() const { return slots + next * SLOT; }
     __device__ void turn() {
         if (++next == size) next = 0, round ^= 1;
     }
+    // Fills the next slot with `groups` from rows of a tile; zeros behind their ends, nothing where no row is.
+    __device__ void fill(const char *from, int groups, int bytes, bool live) {
+        wait_for_flag(empty + next * FLAG, round ^ 1);
+        uint32_t to = slot();
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j)
+            if (live && j < groups)
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                                 to + j * LANES * UNIT),
+                             "l"(from + j * GROUP), "r"(bytes > j * GROUP ? UNIT : 0), "l"(policy)
+                             : "memory");
+        raise_flag_behind_copies(full + next * FLAG);
+        turn();
+    }
 };
 
-// Copies a warp's part of a phase's weights.
-__device__ __forceinline__ void copy_weights(Ring &ring, const Weights &weights, const Share &share, int warp) {
-    int row = lane_of() / 4, unit = warp * share.groups * 4 + lane_of() % 4;
-    const char *segment = weights.data + int64_t(share.first + row) * share.row_bytes + unit * UNIT;
+// Copies the parts of two warps of a phase's weights.
+__device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
+    int row = lane_of() / 4, unit = (warp * share.groups * 4 + lane_of() % 4) * UNIT, apart = COPIERS * share.groups * GROUP;
+    bool both = warp + COPIERS < share.warps;
+    const char *segment = weights.data + int64_t(share.first + row) * share.row_bytes + unit;
 #pragma unroll 1
     for (int s = 0; s < share.segments; ++s, segment += int64_t(share.outputs) * share.row_bytes) {
         const char *from = segment;
 #pragma unroll 1
         for (int left = share.count - row, tile = 0; tile < share.tiles; ++tile, left -= TILE) {
-            int bytes = share.row_bytes - unit * UNIT;
+            int bytes = share.row_bytes - unit;
 #pragma unroll 1
             for (int done = 0; done < share.groups; done += share.size, bytes -= share.size * GROUP) {
                 int groups = min(share.size, share.groups - done);
-                ring.empty[ring.next].wait(ring.round ^ 1);
-                uint32_t to = shared_address(ring.slot());
-#pragma unroll
-                for (int j = 0; j < GROUPS; ++j)
-                    if (left > 0 && j < groups)
-                        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to + j * LANES * UNIT),
-                                     "l"(from + (done + j) * GROUP), "r"(bytes > j * GROUP ? UNIT : 0)
-                                     : "memory");
-                ring.full[ring.next].raise_behind_copies();
-                ring.turn();
+                one.fill(from + done * GROUP, groups, bytes, left > 0);
+                if (both) other.fill(from + apart + done * GROUP, groups, bytes - apart, left > 0);
             }
             from += TILE * share.row_bytes;
         }
     }
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+    return v;
 }
 
 // Sums of a tile: outputs times rows. Lane 4 g + t has row g and outputs 2 t, 2 t + 1 where tensor cores multiply;
@@ -164,27 +177,30 @@ template <typename E> struct Tile {
             MULTIPLY("f16");
     }
 #undef MULTIPLY
-    // x: row 0's activations of the lane in the piece. The sum's order is free, so that a lane's eight numbers of 16
-    // bytes make operands of two products as they lie.
-    __device__ void multiply(const char *slot, const char *x, int pitch, int rows, int groups) {
-        int g = lane_of() / 4;
-        const char *own = x + g * pitch;
-        uint4 w[GROUPS], a[GROUPS];
+    // x: the lane's row of activations; rows that are not there are zeros. The sum's order is free, so that a lane's eight
+    // numbers of 16 bytes make operands of two products as they lie.
+    template <int N> __device__ void multiply(uint32_t slot, uint32_t x) {
+        uint4 w[N], a[N];
 #pragma unroll
-        for (int j = 0; j < GROUPS; ++j) {
-            w[j] = a[j] = {};
-            if (j < groups) w[j] = *reinterpret_cast<const uint4 *>(slot + j * LANES * UNIT);
-            if (j < groups && g < rows) a[j] = *reinterpret_cast<const uint4 *>(own + j * GROUP);
-        }
+        for (int j = 0; j < N; ++j) w[j] = load_shared(slot + j * LANES * UNIT), a[j] = load_shared(x + j * GROUP);
 #pragma unroll
-        for (int j = 0; j < GROUPS; ++j) {
+        for (int j = 0; j < N; ++j) {
             mma(c[0], a[j].x, a[j].y, w[j].x, w[j].y);
             mma(c[1], a[j].z, a[j].w, w[j].z, w[j].w);
         }
     }
+    __device__ void multiply(uint32_t slot, uint32_t x, int, int, int groups) {
+        switch (groups) {
+        case 1: multiply<1>(slot, x); break;
+        case 2: multiply<2>(slot, x); break;
+        case 3: multiply<3>(slot, x); break;
+        case 4: multiply<4>(slot, x); break;
+        default: multiply<GROUPS>(slot, x); break;
+        }
+    }
     __device__ void store(float *to, int rows) {
         int g = lane_of() / 4, t = lane_of() % 4;
-        if (g < rows) *reinterpret_cast<float2 *>(to + g * TILE + 2 * t) = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
+        if (g < rows) *reinterpret_cast<float2 *>(to + g * WARPS * TILE + 2 * t) = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
     }
 };
 template <> struct Tile<float> {
@@ -193,15 +209,19 @@ template <> struct Tile<float> {
 #pragma unroll
         for (int r = 0; r < MOST_ROWS; ++r) c[r] = 0.0f;
     }
-    __device__ void multiply(const char *slot, const char *x, int pitch, int rows, int groups) {
+    // x: row 0's activations.
+    __device__ void multiply(uint32_t slot, uint32_t x, int pitch, int rows, int groups) {
 #pragma unroll 1
         for (int j = 0; j < groups; ++j) {
-            float4 w = *reinterpret_cast<const float4 *>(slot + j * LANES * UNIT);
+            uint4 w = load_shared(slot + j * LANES * UNIT);
 #pragma unroll
             for (int r = 0; r < MOST_ROWS; ++r)
                 if (r < rows) {
-                    float4 a = *reinterpret_cast<const float4 *>(x + r * pitch + j * GROUP);
-                    c[r] = fmaf(w.x, a.x, fmaf(w.y, a.y, fmaf(w.z, a.z, fmaf(w.w, a.w, c[r]))));
+                    uint4 a = load_shared(x + r * pitch + j * GROUP);
+                    c[r] = fmaf(__uint_as_float(w.x), __uint_as_float(a.x), c[r]);
+                    c[r] = fmaf(__uint_as_float(w.y), __uint_as_float(a.y), c[r]);
+                    c[r] = fmaf(__uint_as_float(w.z), __uint_as_float(a.z), c[r]);
+                    c[r] = fmaf(__uint_as_float(w.w), __uint_as_float(a.w), c[r]);
                 }
         }
     }
@@ -212,30 +232,37 @@ template <> struct Tile<float> {
             if (r < rows) {
                 c[r] += __shfl_xor_sync(~0u, c[r], 1);
                 c[r] += __shfl_xor_sync(~0u, c[r], 2);
-                if (t == 0) to[r * TILE + g] = c[r];
+                if (t == 0) to[r * WARPS * TILE + g] = c[r];
             }
     }
 };
 
-// The products of some tiles: sums [tiles, WARPS, rows, TILE] of the warps that have a part. x: the warp's own part of the
-// activations.
+// The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
+// activations, rows `pitch` apart; `zeros` stand for rows that are not there.
 template <typename E>
-__device__ void multiply(Ring &ring, const Share &share, const char *x, int pitch, int rows, int tiles, float *sums) {
+__device__ void multiply(Ring &ring, const Share &share, uint32_t x, uint32_t zeros, int pitch, int rows, int tiles, float *sums) {
+    int g = lane_of() / 4, step = share.size * GROUP;
+    if (sizeof(E) == 2) {
+        if (g >= rows) step = 0;
+        x = g < rows ? x + g * pitch : zeros;
+    }
     x += lane_of() % 4 * UNIT;
-    sums += warp_of() * rows * TILE;
+    sums += warp_of() * TILE;
     Tile<E> tile;
 #pragma unroll 1
     for (; tiles > 0; --tiles) {
         tile.clear();
+        uint32_t own = x;
 #pragma unroll 1
-        for (int done = 0; done < share.groups; done += share.size) {
-            ring.full[ring.next].wait(ring.round);
-            tile.multiply(ring.slot(), x + done * GROUP, pitch, rows, min(share.size, share.groups - done));
+        for (int left = share.groups; left > 0; left -= share.size) {
+            wait_for_flag(ring.full + ring.next * Ring::FLAG, ring.round);
+            tile.multiply(ring.slot(), own, pitch, rows, min(share.size, left));
             __syncwarp();
-            if (lane_of() == 0) ring.empty[ring.next].raise();
+            if (lane_of() == 0) raise_flag(ring.empty + ring.next * Ring::FLAG);
             ring.turn();
+            own += step;
         }
         tile.store(sums, rows);
-        sums += WARPS * rows * TILE;
+        sums += rows * WARPS * TILE;
     }
 }
