@@ -2,9 +2,11 @@
 //!
 //! Architectures come from `CUDA_COMPUTE_CAP` (a list as in `80,90`), else from the GPU present; the machine code of
 //! each is joined by the PTX of the newest, which later GPUs compile. nvcc is `NVCC`, or that of `CUDA_HOME`,
-//! `CUDA_PATH` or `CUDA_TOOLKIT_ROOT_DIR`, or the one on the `PATH`. A file is compiled again when it, a header or the
-//! command has changed; files are compiled in parallel.
+//! `CUDA_PATH` or `CUDA_TOOLKIT_ROOT_DIR`, or the one on the `PATH`. A file is compiled again when its text, that of a
+//! header it includes or the command has changed; files are compiled in parallel.
 
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
@@ -47,15 +49,12 @@ fn compile_kernels() -> Result<(), String> {
         println!("cargo:rustc-cfg=hopper_kernels");
     }
     let flags = flags(&architectures);
-    let headers = files("kernels/common", "cuh")?;
-    let headers = headers.iter().map(|path| modified(path)).max().flatten();
+    files("kernels/common", "cuh")?;
     let sources = files("kernels", "cu")?;
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(vec![]));
     let work = || {
         while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let (Err(reason), Ok(mut failures)) =
-                (compile(&nvcc, &flags, source, &out, headers), failures.lock())
-            {
+            if let (Err(reason), Ok(mut failures)) = (compile(&nvcc, &flags, source, &out), failures.lock()) {
                 failures.push(reason);
             }
         }
@@ -83,8 +82,21 @@ fn files(folder: &str, extension: &str) -> Result<Vec<PathBuf>, String> {
     Ok(files)
 }
 
-fn modified(path: &Path) -> Option<std::time::SystemTime> {
-    fs::metadata(path).and_then(|data| data.modified()).ok()
+/// The text of a file and of all it includes, each once, as a hash.
+fn fingerprint(source: &Path) -> io::Result<u64> {
+    let (mut hash, mut waiting, mut next) = (DefaultHasher::new(), vec![source.to_path_buf()], 0);
+    while let Some(path) = waiting.get(next).cloned() {
+        let text = fs::read_to_string(&path)?;
+        let included = text.lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next());
+        for name in included.map(|name| path.with_file_name(name)) {
+            if !waiting.contains(&name) {
+                waiting.push(name);
+            }
+        }
+        text.hash(&mut hash);
+        next += 1;
+    }
+    Ok(hash.finish())
 }
 
 fn find_nvcc() -> PathBuf {
@@ -178,28 +190,21 @@ fn flags(architectures: &[u32]) -> Vec<String> {
     flags
 }
 
-fn compile(
-    nvcc: &Path,
-    flags: &[String],
-    source: &Path,
-    out: &Path,
-    headers: Option<std::time::SystemTime>,
-) -> Result<(), String> {
+fn compile(nvcc: &Path, flags: &[String], source: &Path, out: &Path) -> Result<(), String> {
     let name = source.file_stem().unwrap_or_default();
     let (fatbin, record) = (out.join(name).with_extension("fatbin"), out.join(name).with_extension("cmd"));
-    let command = format!("{} {}", nvcc.display(), flags.join(" "));
-    let newest = modified(source).max(headers);
-    let current = fs::read_to_string(&record).is_ok_and(|last| last == command);
-    if current && modified(&fatbin) > newest {
+    let failed = |what: &dyn std::fmt::Display| format!("compiling {} failed: {what}", source.display());
+    let text = fingerprint(source).map_err(|error| failed(&error))?;
+    let made_from = format!("{} {} {text:016x}", nvcc.display(), flags.join(" "));
+    if fatbin.is_file() && fs::read_to_string(&record).is_ok_and(|last| last == made_from) {
         return Ok(());
     }
-    let failed = |what: &dyn std::fmt::Display| format!("compiling {} failed: {what}", source.display());
+    let _ = fs::remove_file(&record);
     let output = Command::new(nvcc).args(flags).arg(source).arg("-o").arg(&fatbin).output();
     let output = output.map_err(|error| failed(&error))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
         return Err(failed(&text));
     }
-    let write = || -> io::Result<()> { fs::write(&record, command) };
-    write().map_err(|error| failed(&error))
+    fs::write(&record, made_from).map_err(|error| failed(&error))
 }

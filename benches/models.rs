@@ -1,4 +1,5 @@
-//! Models of published sizes with random weights: prompts up to the logits of the last token, and greedy steps.
+//! Models of published sizes with random weights: prompts up to the logits of the last token, greedy steps, and on a GPU
+//! steps of training.
 
 use crate::support::{Bench, group, measure, name};
 use candle_core::{DType, Device, Tensor};
@@ -7,6 +8,7 @@ use criterion::{Criterion, Throughput};
 use std::collections::HashMap;
 use subquadratic::Result;
 use subquadratic::models::{Decoder, LanguageModel, MixerConfig, ModelConfig};
+use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 
 const VOCABULARY: usize = 50280;
 
@@ -21,7 +23,39 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
         model(criterion, bench, "mamba-1.4b", mamba(2048, 48), &[8192])?;
         model(criterion, bench, "mamba-2.8b", mamba(2560, 64), &[2048])?;
         model(criterion, bench, "retnet-1.3b", retnet(2048, 24), &[8192])?;
+        training(criterion, bench)?;
     }
+    Ok(())
+}
+
+/// Whole steps of training a Mamba in bf16 with f32 masters: forward, backward, clipping, AdamW.
+fn training(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
+    let mut training = group(criterion, "training");
+    for shape in bench.shapes("training") {
+        let [rows, length, width, layers, vocabulary] = shape.sizes(["B", "L", "D", "layers", "V"]);
+        let config = ModelConfig::mamba(width, layers, vocabulary);
+        let ids = bench.tokens(rows, length + 1, vocabulary as u32)?;
+        let part = |start| Ok::<_, subquadratic::Error>(ids.narrow(1, start, length)?.contiguous()?);
+        let batch = Batch::new(part(0)?, part(1)?);
+        for (what, recompute) in [("step", false), ("step_recompute", true)] {
+            let mut trainer = None;
+            let id = format!("{}/bf16/{what}", shape.name);
+            let throughput = Throughput::Elements((rows * length) as u64);
+            measure(&mut training, id, throughput, &bench.device, || {
+                let trainer = match &mut trainer {
+                    Some(trainer) => trainer,
+                    none => {
+                        let mut model = LanguageModel::init(&config, 0, DType::BF16, &bench.device)?;
+                        model.set_recompute(recompute);
+                        let schedule = Schedule::cosine(1e-4, 10, 100_000);
+                        none.insert(Trainer::new(model, TrainerConfig::new(schedule))?)
+                    }
+                };
+                trainer.step(std::slice::from_ref(&batch))
+            });
+        }
+    }
+    training.finish();
     Ok(())
 }
 

@@ -265,8 +265,10 @@ extern "C" __global__ void norm_sum(float *out, const float *shares, int count, 
 #define ITEMS_OF(E, R, WIDTH)                                                                                           \
     KERNELS(E, R, WIDTH, 2, warp, false)                                                                                \
     KERNELS(E, R, WIDTH, 4, warp, false)                                                                                \
+    KERNELS(E, R, WIDTH, 1, block, true)                                                                                \
     KERNELS(E, R, WIDTH, 2, block, true)                                                                                \
-    KERNELS(E, R, WIDTH, 4, block, true)                                                                                \
+    KERNELS(E, R, WIDTH, 3, block, true)                                                                                \
+    KERNELS(E, R, WIDTH, 5, block, true)                                                                                \
     KERNELS(E, R, WIDTH, 8, block, true)
 #define WIDTHS(E, R) ITEMS_OF(E, R, 1) ITEMS_OF(E, R, 4)
 WIDTHS(float, float)

@@ -1,7 +1,10 @@
-//! Activation recomputation and the backward pass of deep graphs.
+//! Tapes, activation recomputation and the backward pass of deep graphs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use subquadratic::autograd::{backward, checkpoint};
+use subquadratic::autograd::{backward, checkpoint, value_and_grad};
+use subquadratic::models::{LanguageModel, ModelConfig};
+use subquadratic::ops::{linear, silu};
+use subquadratic::train::cross_entropy;
 
 fn var(seed: u64, shape: (usize, usize)) -> Var {
     let n = shape.0 * shape.1;
@@ -123,4 +126,95 @@ fn the_error_of_a_backward_pass_comes_back() {
     let kernel = Tensor::ones((1, 1, 2), DType::F32, &Device::Cpu).unwrap();
     let y = x.conv_transpose1d(&kernel, 0, 0, 1, 1, 1).unwrap();
     assert!(backward(y.sum_all().unwrap()).is_err());
+}
+
+/// A model whose blocks mix recorded operators, slices, casts and sums.
+fn model(config: &ModelConfig) -> (LanguageModel, Tensor) {
+    let model = LanguageModel::init(config, 1, DType::F64, &Device::Cpu).unwrap();
+    let ids: Vec<u32> = (0..2 * 13).map(|i| (i * i % 11) as u32).collect();
+    (model, Tensor::from_vec(ids, (2, 13), &Device::Cpu).unwrap())
+}
+
+#[test]
+fn a_tape_gives_the_gradients_of_the_graph() {
+    let striped = ModelConfig::striped("hyena attention mamba hyena", 16, 11).unwrap();
+    for config in [ModelConfig::mamba(16, 2, 11), ModelConfig::retnet(16, 2, 11), striped] {
+        let (mut model, ids) = model(&config);
+        for recompute in [false, true] {
+            model.set_recompute(recompute);
+            let loss = || Ok(cross_entropy(&model.forward(&ids)?, &ids)?.total);
+            let graph = loss().unwrap();
+            let (value, got) = value_and_grad(loss).unwrap();
+            assert_eq!(vec(&value), vec(&graph));
+            let want = backward(graph).unwrap();
+            for (name, variable) in model.variables() {
+                let (got, want) = (got.get(variable).unwrap(), want.get(variable).unwrap());
+                assert!(!got.track_op(), "{name}: the gradient holds a graph");
+                for (got, want) in vec(got).into_iter().zip(vec(want)) {
+                    assert!((got - want).abs() <= 1e-9 * want.abs() + 1e-12, "{name}: {got} {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tensors_of_a_tape_are_used_in_any_way() {
+    let (x, w) = (var(1, (3, 4)), var(2, (4, 4)));
+    type Use = fn(&Tensor, &Tensor) -> Result<Tensor>;
+    let uses: [Use; 6] = [
+        // used twice, once through candle; a result that nobody uses
+        |x, w| {
+            let y = linear(x, w, None).unwrap();
+            let _unused = silu(&y).unwrap();
+            silu(&y).unwrap().add(&y.narrow(1, 1, 2)?.pad_with_zeros(1, 1, 1)?)?.sqr()
+        },
+        // two slices of one tensor into one operator, which are its two factors
+        |x, w| {
+            let y = linear(x, w, None).unwrap();
+            Ok(linear(&y.narrow(1, 0, 2)?, &y.narrow(1, 2, 2)?, None).unwrap())
+        },
+        // a leaf as it is, a variable through candle alone, no variable at all
+        |x, w| Ok(linear(x, w, None).unwrap()),
+        |x, _| x.exp(),
+        |x, _| x.detach().exp(),
+        // one tensor as both arguments
+        |_, w| Ok(linear(w, w, None).unwrap()),
+    ];
+    for (i, used) in uses.into_iter().enumerate() {
+        let want = used(&x, &w).unwrap().backward().unwrap();
+        let (_, got) = value_and_grad(|| Ok(used(&x, &w)?)).unwrap();
+        for v in [&x, &w] {
+            let values = |x: Option<&Tensor>| x.map(vec);
+            let (got, want) = (values(got.get(v)), values(want.get(v)));
+            assert_eq!(got.is_some(), want.is_some(), "use {i}");
+            for (got, want) in got.into_iter().flatten().zip(want.into_iter().flatten()) {
+                assert!((got - want).abs() < 1e-12, "use {i}: {got} {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tape_ends_with_its_function() {
+    let (x, w) = (var(1, (3, 4)), var(2, (4, 4)));
+    let error = value_and_grad(|| {
+        linear(&x, &w, None)?;
+        Ok(linear(&w, &x.t()?, None)?)
+    });
+    assert!(error.unwrap_err().to_string().contains("linear: weight"));
+    let caught = std::panic::catch_unwind(|| value_and_grad(|| panic!("in the function")));
+    assert!(caught.is_err());
+    // an inner tape leaves the outer one as it was
+    let (_, got) = value_and_grad(|| {
+        let y = linear(&x, &w, None)?;
+        value_and_grad(|| Ok(linear(&y.detach(), &w, None)?))?;
+        Ok(silu(&y)?)
+    })
+    .unwrap();
+    let want = silu(&linear(&x, &w, None).unwrap()).unwrap();
+    assert!(!want.is_variable(), "behind a tape, operators are in candle's graph");
+    let want = want.backward().unwrap();
+    assert_eq!(vec(got.get(&x).unwrap()), vec(want.get(&x).unwrap()));
+    assert_eq!(vec(got.get(&w).unwrap()), vec(want.get(&w).unwrap()));
 }

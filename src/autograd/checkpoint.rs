@@ -1,7 +1,8 @@
 //! Activation recomputation.
 
 use super::record::{record_all, storage_of};
-use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor, Var};
+use super::tape::{Sums, during};
+use candle_core::{Result, Tensor, Var};
 
 /// Runs `f` without keeping its activations: the backward pass computes them again.
 ///
@@ -24,7 +25,8 @@ where
         candle_core::bail!("checkpoint: a parameter of shape {:?} is not a variable", derived.dims())
     }
     let detached: Vec<Tensor> = inputs.iter().map(|x| x.detach()).collect();
-    let outputs = f(&detached)?.iter().map(storage_of).collect::<Result<Vec<_>>>()?;
+    // on a tape of its own, which ends here and takes the activations with it
+    let outputs = during(|| f(&detached))?.0.iter().map(storage_of).collect::<Result<Vec<_>>>()?;
     let tracked: Vec<bool> = inputs.iter().map(|x| x.track_op()).collect();
     let parameters: Vec<Tensor> = parameters.iter().map(|p| (*p).clone()).collect();
     record_all("checkpoint", &all, outputs, move |gradients| {
@@ -32,46 +34,18 @@ where
             if tracked { Ok(Var::from_tensor(x)?.into_inner()) } else { Ok(x.clone()) }
         };
         let leaves = detached.iter().zip(&tracked).map(leaf).collect::<Result<Vec<_>>>()?;
-        let mut seeds: Option<Tensor> = None;
-        for (output, gradient) in f(&leaves)?.iter().zip(gradients) {
+        let (outputs, entries) = during(|| f(&leaves))?;
+        let mut seeds = vec![];
+        for (output, gradient) in outputs.into_iter().zip(gradients) {
             let Some(gradient) = gradient else { continue };
-            if !output.track_op() {
-                continue;
+            if output.shape() != gradient.shape() || output.dtype() != gradient.dtype() {
+                candle_core::bail!("checkpoint: the function returned other shapes the second time")
             }
-            let seed = output.apply_op1(Seed(gradient.clone()))?;
-            seeds = Some(match seeds {
-                Some(seeds) => (seeds + seed)?,
-                None => seed,
-            });
+            seeds.push((output, gradient.clone()));
         }
-        let Some(seeds) = seeds else { return Ok(vec![None; leaves.len() + parameters.len()]) };
-        let gradients = seeds.backward()?;
-        Ok(leaves.iter().chain(&parameters).map(|x| gradients.get(x).map(Tensor::detach)).collect())
+        let mut sums = Sums::default();
+        sums.add_all(seeds)?;
+        sums.back(entries)?;
+        Ok(leaves.iter().chain(&parameters).map(|x| sums.get(x)).collect())
     })
-}
-
-/// Gives a tensor a gradient computed elsewhere: one meaningless number forward, the gradient backward.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        super::record::cpu_token()
-    }
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        storage: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        super::record::cuda_token(storage)
-    }
-    fn bwd(&self, output: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        if output.shape() != self.0.shape() || output.dtype() != self.0.dtype() {
-            return Err(Error::msg("checkpoint: the function returned other shapes the second time"));
-        }
-        Ok(Some(self.0.clone()))
-    }
 }

@@ -1,9 +1,12 @@
-//! Custom gradients of any number of tensors, activation recomputation, and a backward pass for deep graphs.
+//! Custom gradients of any number of tensors, a tape for them, activation recomputation, and a backward pass for deep
+//! graphs.
 
 mod backward;
 mod checkpoint;
 mod record;
+mod tape;
 
 pub use backward::backward;
 pub use checkpoint::checkpoint;
 pub(crate) use record::{Gradients, record, record_all, storage_of};
+pub use tape::value_and_grad;

@@ -12,7 +12,10 @@
 //! the operator's backward once, and each `Port` hands out the gradients of its inputs. What is left is keyed by
 //! thread, so that two threads may go backward through one graph.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use super::tape;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
+};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -20,7 +23,7 @@ use std::thread::{self, ThreadId};
 /// Gradients in the order of the inputs (or outputs); `None` where there is none.
 pub(crate) type Gradients = Vec<Option<Tensor>>;
 
-type Backward = dyn Fn(&[Option<Tensor>]) -> Result<Gradients> + Send + Sync;
+pub(super) type Backward = dyn Fn(&[Option<Tensor>]) -> Result<Gradients> + Send + Sync;
 
 /// Puts an operator into candle's graph.
 ///
@@ -56,6 +59,9 @@ pub(crate) fn record_all(
             .into_iter()
             .map(|(storage, shape)| Tensor::from_storage(storage, shape, plain(), false))
             .collect());
+    }
+    if tape::is_running() {
+        return Ok(tape::push(name, inputs, outputs, Box::new(backward)));
     }
     let recording = Arc::new(Recording {
         name,
@@ -172,17 +178,47 @@ impl Recording {
         }
         drop(passes);
         let Some(gradient) = gradient else { return input.zeros_like().map(Some) };
-        if gradient.shape() != input.shape() || gradient.dtype() != input.dtype() {
-            candle_core::bail!(
-                "{}: gradient {index} is {:?} {:?}, its input {:?} {:?}",
-                self.name,
-                gradient.dtype(),
-                gradient.shape(),
-                input.dtype(),
-                input.shape()
-            )
-        }
+        check_gradient(self.name, index, &gradient, input.shape(), input.dtype())?;
         Ok(Some(gradient))
+    }
+}
+
+/// A gradient is like its input.
+pub(super) fn check_gradient(
+    name: &str,
+    index: usize,
+    gradient: &Tensor,
+    shape: &Shape,
+    dtype: DType,
+) -> Result<()> {
+    if gradient.shape() != shape || gradient.dtype() != dtype {
+        let (got, got_dtype) = (gradient.shape(), gradient.dtype());
+        candle_core::bail!("{name}: gradient {index} is {got_dtype:?} {got:?}, its input {dtype:?} {shape:?}")
+    }
+    Ok(())
+}
+
+/// Gives a tensor a gradient computed elsewhere: one meaningless number forward, the gradient backward.
+pub(super) struct Seed(pub(super) Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        cpu_token()
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        cuda_token(storage)
+    }
+    fn bwd(&self, output: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        check_gradient("seed", 0, &self.0, output.shape(), output.dtype())?;
+        Ok(Some(self.0.clone()))
     }
 }
 
@@ -202,13 +238,13 @@ impl Port {
 }
 
 /// The tokens' storage: one number.
-pub(super) fn cpu_token() -> Result<(CpuStorage, Shape)> {
+fn cpu_token() -> Result<(CpuStorage, Shape)> {
     Ok((CpuStorage::F32(vec![0.0]), 1.into()))
 }
 
 #[cfg(feature = "cuda")]
-pub(super) fn cuda_token(like: &candle_core::CudaStorage) -> Result<(candle_core::CudaStorage, Shape)> {
-    use candle_core::{DType, backend::BackendDevice, backend::BackendStorage};
+fn cuda_token(like: &candle_core::CudaStorage) -> Result<(candle_core::CudaStorage, Shape)> {
+    use candle_core::{backend::BackendDevice, backend::BackendStorage};
     let shape = Shape::from(1);
     Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
 }

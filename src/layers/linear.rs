@@ -30,4 +30,13 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         crate::ops::linear(x, &self.weight, self.bias.as_ref())
     }
+
+    /// The outputs in parts.
+    pub(crate) fn forward_parts<const N: usize>(
+        &self,
+        x: &Tensor,
+        widths: [usize; N],
+    ) -> Result<[Tensor; N]> {
+        crate::ops::linear::linear_parts(x, &self.weight, self.bias.as_ref(), widths)
+    }
 }

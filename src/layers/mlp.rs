@@ -5,7 +5,7 @@ use super::parameter::{Reader, check_sizes, fan_in_uniform};
 use super::{Linear, Parameter};
 use crate::ops::{Activation, activate, gate};
 use crate::{Error, Result};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -145,16 +145,15 @@ impl Mlp {
     /// # Errors
     /// Another width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let first = self.fc1.forward(x)?;
         let activation = self.config.activation;
         let inner = match (&self.gate, self.config.gate) {
-            (Some(separate), _) => gate(&first, &separate.forward(x)?, activation)?,
+            (Some(separate), _) => gate(&self.fc1.forward(x)?, &separate.forward(x)?, activation)?,
             (None, MlpGate::Joint) => {
-                let half = first.dim(D::Minus1)? / 2;
-                let second = first.narrow(D::Minus1, half, half)?;
-                gate(&first.narrow(D::Minus1, 0, half)?, &second, activation)?
+                let half = self.fc1.weight.dim(0)? / 2;
+                let [first, second] = self.fc1.forward_parts(x, [half; 2])?;
+                gate(&first, &second, activation)?
             }
-            (None, _) => activate(&first, activation)?,
+            (None, _) => activate(&self.fc1.forward(x)?, activation)?,
         };
         let inner = match &self.norm {
             Some(norm) => norm.forward(&inner)?,

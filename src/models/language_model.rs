@@ -246,9 +246,7 @@ impl LanguageModel {
 
     /// The residual stream at its beginning: the tokens' embeddings, `[B, L, D]`.
     pub(super) fn embed(&self, ids: &Tensor) -> Result<Stream> {
-        let (batch, length) = ids.dims2()?;
-        let x = self.embedding.index_select(&ids.flatten_all()?, 0)?;
-        let x = x.reshape((batch, length, self.config.hidden_size))?;
+        let x = crate::ops::embedding(&self.embedding, ids)?;
         let x =
             if self.config.embedding_scale == 1.0 { x } else { x.affine(self.config.embedding_scale, 0.0)? };
         let x = self.embedding_norm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))?;

@@ -8,6 +8,7 @@
 pub mod activation;
 pub mod attention;
 pub mod causal_conv1d;
+pub mod embedding;
 mod form;
 pub mod linear;
 pub mod long_conv;
@@ -21,6 +22,7 @@ pub mod selective_scan;
 pub use activation::{Activation, activate, gate, sigmoid, silu, silu_gate, softplus};
 pub use attention::{Attention, attention};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
+pub use embedding::embedding;
 pub use form::Form;
 pub use linear::linear;
 pub use long_conv::{FilterCache, LongConv, LongConvState, StreamConv, long_conv, long_conv_with_state};

@@ -70,8 +70,15 @@ impl Gradients {
 
     /// The Euclidean norm of all gradients together, summed in f64. NaN or infinite if any element is.
     pub fn norm(&self) -> Result<f64> {
+        let all: Vec<&Tensor> = self.tensors.values().collect();
+        #[cfg(feature = "cuda")]
+        let (together, all): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|tensor| super::cuda::has_kernels(tensor));
+        #[cfg(feature = "cuda")]
+        let mut sum = super::cuda::sum_of_squares(&together)?;
+        #[cfg(not(feature = "cuda"))]
         let mut sum = 0.0;
-        for tensor in self.tensors.values() {
+        for tensor in all {
             sum += sum_of_squares(tensor)?;
         }
         Ok(sum.sqrt() * self.scale.abs())

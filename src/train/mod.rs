@@ -5,12 +5,15 @@
 //! checkpoint keeps all of it. Each works without the others, with any set of candle variables.
 
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod data;
 mod exact;
 mod gradients;
 mod kernels;
 mod loss;
 mod optimizer;
+mod parameter;
 mod schedule;
 mod trainer;
 

@@ -1,16 +1,11 @@
 //! AdamW with wide moments and master weights, in parameter groups.
 
-use super::gradients::{Gradients, Mutable, part, part_mut};
-use super::kernels;
-use crate::backend::cpu::simd::Element;
-use crate::ops::accumulation_dtype;
+use super::parameter::{Memory, Parameter};
+use super::{Gradients, kernels};
 use crate::{Error, Result};
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var};
-use half::{bf16, f16};
+use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 
 /// The constants of [`AdamW`]; the learning rate comes with every step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,58 +78,12 @@ impl Group {
 ///
 /// `m`, `v` and `w` are f32 (f64 for f64 parameters) whatever the parameter's dtype: bf16 and f16 parameters have a
 /// master copy, which they are rounded from after each step. On the CPU a step is one pass over the memory of each
-/// parameter. A parameter that got no gradient keeps its value and moments.
+/// parameter, on CUDA one launch over all of them. A parameter that got no gradient keeps its value and moments.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
     parameters: BTreeMap<String, Parameter>,
     steps: u64,
-}
-
-#[derive(Debug)]
-struct Parameter {
-    variable: Var,
-    group: Group,
-    memory: Memory,
-}
-
-/// Moments and master weights: plain memory on the CPU, tensors elsewhere.
-#[derive(Debug)]
-enum Memory {
-    F32(Buffers<f32>),
-    F64(Buffers<f64>),
-    Device { first: Tensor, second: Tensor, master: Tensor },
-}
-
-#[derive(Debug)]
-struct Buffers<T> {
-    first: Vec<T>,
-    second: Vec<T>,
-    /// Empty where the parameter itself is as wide.
-    master: Vec<T>,
-}
-
-impl Memory {
-    fn new(variable: &Var) -> Result<Self> {
-        let (n, wide) = (variable.elem_count(), accumulation_dtype(variable.dtype()));
-        if !variable.device().is_cpu() {
-            return Self::on_device(variable);
-        }
-        Ok(match variable.dtype() {
-            DType::F32 => Self::F32(Buffers { first: vec![0.0; n], second: vec![0.0; n], master: vec![] }),
-            DType::F64 => Self::F64(Buffers { first: vec![0.0; n], second: vec![0.0; n], master: vec![] }),
-            DType::BF16 | DType::F16 => {
-                let master = variable.flatten_all()?.to_dtype(wide)?.to_vec1()?;
-                Self::F32(Buffers { first: vec![0.0; n], second: vec![0.0; n], master })
-            }
-            other => return Err(Error::dtype("AdamW: parameter", "f32, f64, bf16 or f16", other)),
-        })
-    }
-
-    fn on_device(variable: &Var) -> Result<Self> {
-        let master = variable.detach().to_dtype(accumulation_dtype(variable.dtype()))?.copy()?;
-        Ok(Self::Device { first: master.zeros_like()?, second: master.zeros_like()?, master })
-    }
 }
 
 impl AdamW {
@@ -202,6 +151,8 @@ impl AdamW {
         self.steps += 1;
         let steps = self.steps as f64;
         let config = &self.config;
+        #[cfg(feature = "cuda")]
+        let mut together = super::cuda::Update::default();
         for (name, parameter) in &mut self.parameters {
             let Some((gradient, gradient_scale)) = gradients.unscaled(name) else { continue };
             let rate = learning_rate * parameter.group.rate;
@@ -214,8 +165,17 @@ impl AdamW {
                 size: rate / (1.0 - config.beta1.powf(steps)),
                 root_scale: 1.0 / (1.0 - config.beta2.powf(steps)).sqrt(),
             };
+            #[cfg(feature = "cuda")]
+            if let Memory::Device { first, second, master } = &parameter.memory {
+                let moments = super::cuda::Moments { first, second, master: master.as_ref() };
+                if together.push(&parameter.variable, &moments, gradient, &step)? {
+                    continue;
+                }
+            }
             parameter.update(gradient, &step)?;
         }
+        #[cfg(feature = "cuda")]
+        together.run()?;
         Ok(())
     }
 
@@ -249,148 +209,3 @@ impl AdamW {
         Ok(())
     }
 }
-
-impl Parameter {
-    fn update(&mut self, gradient: &Tensor, step: &kernels::Step) -> Result<()> {
-        let variable = &self.variable;
-        let gradient = gradient.contiguous()?;
-        match &mut self.memory {
-            Memory::F32(memory) => {
-                variable.inplace_op2(&gradient, &Update { memory: Mutex::new(memory), step })?
-            }
-            Memory::F64(memory) => {
-                variable.inplace_op2(&gradient, &Update { memory: Mutex::new(memory), step })?
-            }
-            Memory::Device { first, second, master } => {
-                let g = (gradient.to_dtype(master.dtype())? * step.gradient_scale)?;
-                *first = ((&*first * step.beta1)? + (&g * (1.0 - step.beta1))?)?;
-                *second = ((&*second * step.beta2)? + (g.sqr()? * (1.0 - step.beta2))?)?;
-                let divisor = ((second.sqrt()? * step.root_scale)? + step.epsilon)?;
-                let narrow = variable.dtype() != master.dtype();
-                let weight = if narrow { master.clone() } else { variable.detach() };
-                *master = ((weight * step.keep)? - ((&*first / divisor)? * step.size)?)?;
-                variable.set(&master.to_dtype(variable.dtype())?.copy()?)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Moments, and the master copy of narrow parameters, as tensors of the parameter's shape.
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        fn tensors<T: Element>(memory: &Buffers<T>, shape: &[usize]) -> Result<Vec<(&'static str, Tensor)>> {
-            [("first", &memory.first), ("second", &memory.second), ("master", &memory.master)]
-                .into_iter()
-                .filter(|(part, data)| *part != "master" || !data.is_empty())
-                .map(|(part, data)| Ok((part, Tensor::from_slice(data, shape, &Device::Cpu)?)))
-                .collect()
-        }
-        match &self.memory {
-            Memory::F32(memory) => tensors(memory, self.variable.dims()),
-            Memory::F64(memory) => tensors(memory, self.variable.dims()),
-            Memory::Device { first, second, master } => {
-                let mut all = vec![("first", first.clone()), ("second", second.clone())];
-                if self.variable.dtype() != master.dtype() {
-                    all.push(("master", master.clone()));
-                }
-                Ok(all)
-            }
-        }
-    }
-
-    fn restored(&self, name: &str, state: &BTreeMap<String, Tensor>) -> Result<Memory> {
-        let wide = accumulation_dtype(self.variable.dtype());
-        let get = |part: &str| {
-            let name = format!("{part}.{name}");
-            let tensor =
-                state.get(&name).ok_or_else(|| Error::value("optimiser state", &name, "no such tensor"))?;
-            if tensor.dims() != self.variable.dims() {
-                return Err(Error::shape(name, format!("{:?}", self.variable.dims()), tensor.dims()));
-            }
-            if tensor.dtype() != wide {
-                return Err(Error::dtype(name, format!("{wide:?}"), tensor.dtype()));
-            }
-            Ok(tensor.clone())
-        };
-        let narrow = self.variable.dtype() != wide;
-        fn flat<T: Element>(x: Tensor) -> Result<Vec<T>> {
-            Ok(x.flatten_all()?.to_vec1()?)
-        }
-        Ok(match &self.memory {
-            Memory::F32(_) => Memory::F32(Buffers {
-                first: flat(get("first")?)?,
-                second: flat(get("second")?)?,
-                master: if narrow { flat(get("master")?)? } else { vec![] },
-            }),
-            Memory::F64(_) => Memory::F64(Buffers {
-                first: flat(get("first")?)?,
-                second: flat(get("second")?)?,
-                master: vec![],
-            }),
-            Memory::Device { .. } => {
-                let device = self.variable.device();
-                Memory::Device {
-                    first: get("first")?.to_device(device)?,
-                    second: get("second")?.to_device(device)?,
-                    master: if narrow {
-                        get("master")?.to_device(device)?
-                    } else {
-                        self.variable.detach().copy()?
-                    },
-                }
-            }
-        })
-    }
-}
-
-/// Writes a parameter of the CPU and its memory in one pass.
-struct Update<'a, T> {
-    memory: Mutex<&'a mut Buffers<T>>,
-    step: &'a kernels::Step,
-}
-
-impl<T: crate::backend::cpu::simd::Real> Update<'_, T> {
-    fn run<E, G>(
-        &self,
-        weight: (&mut CpuStorage, &Layout),
-        gradient: (&CpuStorage, &Layout),
-    ) -> candle_core::Result<()>
-    where
-        E: Mutable + Element<Real = T>,
-        G: Element<Real = T>,
-    {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let Buffers { first, second, master } = &mut **memory;
-        let weight = part_mut::<E>(weight.0, weight.1)?;
-        let parameter = kernels::Parameter { weight, master, first, second };
-        kernels::adamw(parameter, part::<G>(gradient.0, gradient.1)?, self.step);
-        Ok(())
-    }
-}
-
-/// The pairs of dtypes of a parameter and its gradient: the same, or the gradient wider.
-macro_rules! update {
-    ($t:ty: $($weight:ident $e:ty, $gradient:ident $g:ty);+) => {
-        impl InplaceOp2 for Update<'_, $t> {
-            fn name(&self) -> &'static str {
-                "adamw"
-            }
-            fn cpu_fwd(
-                &self,
-                weight: &mut CpuStorage,
-                weight_layout: &Layout,
-                gradient: &CpuStorage,
-                layout: &Layout,
-            ) -> candle_core::Result<()> {
-                let dtypes = (weight.dtype(), gradient.dtype());
-                match dtypes {
-                    $((DType::$weight, DType::$gradient) => {
-                        self.run::<$e, $g>((weight, weight_layout), (gradient, layout))
-                    })+
-                    _ => candle_core::bail!("adamw: parameter and gradient of {dtypes:?}"),
-                }
-            }
-        }
-    };
-}
-update!(f32: F32 f32, F32 f32; BF16 bf16, BF16 bf16; BF16 bf16, F32 f32; F16 f16, F16 f16; F16 f16, F32 f32);
-update!(f64: F64 f64, F64 f64);

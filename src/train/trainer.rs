@@ -207,10 +207,11 @@ impl Trainer {
                 forward(&self.model.frozen()?, batch, &mut states)?;
                 continue;
             }
-            let total = forward(&self.model, batch, &mut states)?.total;
-            let share = (total / targets as f64)?;
+            let (share, mut store) = autograd::value_and_grad(|| {
+                let total = forward(&self.model, batch, &mut states)?.total;
+                Ok((total / targets as f64)?)
+            })?;
             loss += share.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            let mut store = autograd::backward(share)?;
             let part = Gradients::take(self.model.variables(), &mut store);
             match &mut gradients {
                 None => gradients = Some(part),

@@ -28,6 +28,8 @@ mod retention;
 mod retention_case;
 #[cfg(feature = "cuda")]
 mod scan;
+#[cfg(feature = "cuda")]
+mod train;
 
 use candle_core::Device;
 

@@ -26,6 +26,8 @@ pub(crate) enum Module {
     RetentionHopperF16,
     RetentionCarry,
     RetentionStep,
+    Training,
+    Embedding,
 }
 
 macro_rules! embedded {
@@ -52,6 +54,8 @@ impl Module {
             Self::RetentionHopperF16 => embedded!("retention_hopper_f16"),
             Self::RetentionCarry => embedded!("retention_carry"),
             Self::RetentionStep => embedded!("retention_step"),
+            Self::Training => embedded!("training"),
+            Self::Embedding => embedded!("embedding"),
         }
     }
 }

@@ -30,6 +30,15 @@ pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
 #[derive(Default)]
 pub(crate) struct Guards<'a>(Vec<SyncOnDrop<'a>>);
 
+impl<'a> Guards<'a> {
+    /// Where a slice lies that the launch reads.
+    pub(crate) fn read<T>(&mut self, slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> u64 {
+        let (pointer, guard) = slice.device_ptr(stream);
+        self.0.push(guard);
+        pointer
+    }
+}
+
 /// A tensor held for reading.
 pub(crate) struct Held<'a> {
     storage: StorageRef<'a>,
@@ -67,6 +76,7 @@ impl<'a> Held<'a> {
             DType::F32 => address::<f32>(storage, stream, guards)?,
             DType::BF16 => address::<bf16>(storage, stream, guards)?,
             DType::F16 => address::<f16>(storage, stream, guards)?,
+            DType::F64 => address::<f64>(storage, stream, guards)?,
             DType::U8 => address::<u8>(storage, stream, guards)?,
             DType::I64 => address::<i64>(storage, stream, guards)?,
             other => return Err(Error::dtype(name, "f32, bf16 or f16", other)),

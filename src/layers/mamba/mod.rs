@@ -197,8 +197,7 @@ impl Mamba {
         if length == 0 || batch == 0 {
             return Ok(x.clone());
         }
-        let xz = self.in_proj.forward(x)?;
-        let (u, z) = (xz.narrow(D::Minus1, 0, c.d_inner)?, xz.narrow(D::Minus1, c.d_inner, c.d_inner)?);
+        let [u, z] = self.in_proj.forward_parts(x, [c.d_inner; 2])?;
         let (u, conv) = causal_conv1d(&CausalConv1d {
             x: &u,
             weight: &self.conv_weight.squeeze(1)?,

@@ -13,6 +13,8 @@
 //! way, so that no sum is ever rounded to half precision. How the work is cut depends on the sizes alone: results are
 //! the same bits for any number of threads.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod few_rows;
 mod grad;
 mod many_rows;
@@ -22,7 +24,7 @@ pub use reference::linear_reference;
 
 use super::accumulation_dtype;
 use crate::{Error, Result};
-use candle_core::{Shape, Tensor};
+use candle_core::{D, Shape, Tensor};
 
 /// `x weight^T + bias`: `x` `[.., in]`, `weight` `[out, in]`, `bias` `[out]`, the result `[.., out]`; see the
 /// [module](self).
@@ -33,11 +35,57 @@ use candle_core::{Shape, Tensor};
 /// # Errors
 /// Shapes or dtypes that do not fit, naming the argument.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let sizes = check(x, weight, bias)?;
+    #[cfg(feature = "cuda")]
+    if is_trained_on_cuda(x, weight, bias, sizes) {
+        let parts = cuda::recorded(x, weight, bias, sizes, &[sizes.outputs])?;
+        return <[Tensor; 1]>::try_from(parts).map(|[y]| y).map_err(|parts| parts_lost(parts.len()));
+    }
     if !x.device().is_cpu() {
         return linear_reference(x, weight, bias);
     }
-    let sizes = check(x, weight, bias)?;
     grad::recorded(x, weight, bias, sizes)
+}
+
+/// [`linear`] with its outputs in `N` parts of `widths`, which add up to the outputs. On CUDA in training every part has
+/// memory of its own, and so have their gradients: those of slices would be padded with zeros and added up.
+pub(crate) fn linear_parts<const N: usize>(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    widths: [usize; N],
+) -> Result<[Tensor; N]> {
+    let sizes = check(x, weight, bias)?;
+    if widths.iter().sum::<usize>() != sizes.outputs {
+        return Err(Error::value(
+            "linear: widths",
+            format!("{} in all", sizes.outputs),
+            format!("{widths:?}"),
+        ));
+    }
+    #[cfg(feature = "cuda")]
+    if is_trained_on_cuda(x, weight, bias, sizes) {
+        let parts = cuda::recorded(x, weight, bias, sizes, &widths)?;
+        return parts.try_into().map_err(|parts: Vec<Tensor>| parts_lost(parts.len()));
+    }
+    let y = linear(x, weight, bias)?;
+    let mut next = 0;
+    let parts = widths.map(|width| {
+        next += width;
+        y.narrow(D::Minus1, next - width, width)
+    });
+    let parts = parts.into_iter().collect::<candle_core::Result<Vec<Tensor>>>()?;
+    parts.try_into().map_err(|parts: Vec<Tensor>| parts_lost(parts.len()))
+}
+
+fn parts_lost(got: usize) -> Error {
+    Error::value("linear: parts", "as many as asked for", got)
+}
+
+#[cfg(feature = "cuda")]
+fn is_trained_on_cuda(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> bool {
+    let tracked = [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::track_op);
+    x.device().is_cuda() && tracked && sizes.rows * sizes.inputs * sizes.outputs > 0
 }
 
 /// The sizes of one call.
