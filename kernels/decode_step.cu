@@ -76,7 +76,6 @@ template <typename E, bool MANY> __device__ void step(const Step &p) {
     int own_bytes = p.rows * p.own_channels * sizeof(float);
     b.own_u = reinterpret_cast<float *>(room(own_bytes));
     b.own_z = reinterpret_cast<float *>(room(own_bytes));
-    b.logits = reinterpret_cast<float *>(room(p.rows * p.own_logits * sizeof(float)));
     // with what the last warp reads behind the end
     int selected_groups = (words_of<E>(p.rank + 2 * p.states) * 4 + GROUP - 1) / GROUP;
     b.selected_pitch = pitch_of(selected_groups + selected_groups / WARPS);
@@ -151,7 +150,7 @@ template <typename E, bool MANY> __device__ void step(const Step &p) {
     }
     if (p.chosen) {
         meet();
-        choose(p, Share::load(shares[weights[p.count - 1].shape]), b.logits, b.mark);
+        choose<E>(p, Share::load(shares[weights[p.count - 1].shape]), b.mark);
     }
     if (threadIdx.x > 0) return;
     // the last block leaves the next step's mark

@@ -244,11 +244,8 @@ template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const S
     const Step &p = b.p;
     if (!task.live) return;
 #pragma unroll 1
-    for (int t = 0; t < p.tokens; ++t) {
-        E y = narrow<E>(task.value(share, t));
-        static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = y;
-        b.logits[(task.row + t) * share.count + task.own] = widen(y);
-    }
+    for (int t = 0; t < p.tokens; ++t)
+        static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
 }
 
 constexpr int HINTS = 6;

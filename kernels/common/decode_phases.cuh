@@ -51,9 +51,9 @@ struct Step {
     Copies copies;          // of all words
     unsigned *epoch;        // the mark before the step's first, and the blocks that are done
     const Draft *drafts;    // of each layer; or null
-    // of shared memory: a block's own channels, its own parts of the stream and of the logits; bytes of sums, and of a
-    // warp's activations; slots of a warp's ring
-    int own_channels, own_hidden, own_logits, sums_bytes, x_bytes, ring_slots;
+    // of shared memory: a block's own channels and its own part of the stream; bytes of sums, and of a warp's activations;
+    // slots of a warp's ring
+    int own_channels, own_hidden, sums_bytes, x_bytes, ring_slots;
 };
 
 // Brings what lies at `from` close: into L2, where no stream of weights is in the way.
@@ -89,7 +89,6 @@ template <typename E, bool MANY> struct Block {
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
     float *own_u, *own_z;                // [R, own_channels]
-    float *logits;                       // [R, the block's own]
     char *x;                             // the warp's own activations, rows `pitch` apart
     char *selected;                      // [R, rank + 2 N], for all warps
     int pitch, selected_pitch;
@@ -267,14 +266,16 @@ struct Best {
     }
 };
 
-// The most probable token of every row, the lowest id of equals; NONE if a logit is NaN or infinity.
-__device__ __forceinline__ void choose(const Step &p, const Share &share, const float *logits, uint32_t mark) {
+// The most probable token of every row, the lowest id of equals; NONE if a logit is NaN or infinity. The block's own logits
+// are there.
+template <typename E> __device__ void choose(const Step &p, const Share &share, uint32_t mark) {
     int row = warp_of(), lane = lane_of();
     if (row >= p.rows) return;
+    const E *logits = static_cast<const E *>(p.logits) + int64_t(row) * p.vocabulary + share.first;
     Best best;
 #pragma unroll 1
     for (int i = lane; i < share.count; i += LANES) {
-        float x = logits[row * share.count + i];
+        float x = widen(logits[i]);
         bool bad = !(x < INFINITY);
         best.merge(bad ? INFINITY : x, bad ? NONE : share.first + i);
     }

@@ -109,7 +109,6 @@ pub(super) struct Step {
     pub(super) drafts: u64,
     pub(super) own_channels: i32,
     pub(super) own_hidden: i32,
-    pub(super) own_logits: i32,
     pub(super) sums_bytes: i32,
     pub(super) x_bytes: i32,
     pub(super) ring_slots: i32,

@@ -22,10 +22,9 @@ const LEAST_SLOTS: usize = 2;
 /// A multiprocessor's share of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
-    /// Outputs of a block at most: channels, parts of the stream, logits.
+    /// Outputs of a block at most: channels, and parts of the stream.
     pub(super) own_channels: usize,
     pub(super) own_hidden: usize,
-    pub(super) own_logits: usize,
     /// Of the products' sums, once, and of a warp's activations.
     pub(super) sums_bytes: usize,
     pub(super) x_bytes: usize,
@@ -48,8 +47,7 @@ impl Layout {
         let own = |outputs: usize| GRAIN * outputs.div_ceil(GRAIN).div_ceil(blocks);
         let groups = |bytes: usize| bytes.div_ceil(GROUP).div_ceil(WARPS);
         let pitch = |groups: usize| (groups | 1) * GROUP;
-        let [own_channels, own_hidden, own_logits] =
-            [sizes.channels, sizes.hidden, sizes.vocabulary].map(own);
+        let [own_channels, own_hidden] = [sizes.channels, sizes.hidden].map(own);
         // a recurrence has all of its products at once, what else there is takes turns
         let tiles = own_channels.div_ceil(TILE).max((80 / rows).min(16));
         let sums_bytes = tiles * WARPS * TILE * rows * size_of::<f32>();
@@ -66,14 +64,13 @@ impl Layout {
             rows * own_hidden * size_of::<f32>(),
             rows * own_channels * size_of::<f32>(),
             rows * own_channels * size_of::<f32>(),
-            rows * own_logits * size_of::<f32>(),
             rows * pitch(selected + selected / WARPS),
         ];
         let rest: usize = rooms.iter().map(|bytes| bytes.next_multiple_of(16)).sum();
         let ring_slots = memory.checked_sub(rest + FIXED)? / (WARPS * SLOT);
         let ring_slots = ring_slots.min(MOST_SLOTS);
         let bytes = rest + ring_slots * WARPS * SLOT;
-        let layout = Self { own_channels, own_hidden, own_logits, sums_bytes, x_bytes, ring_slots, bytes };
+        let layout = Self { own_channels, own_hidden, sums_bytes, x_bytes, ring_slots, bytes };
         (ring_slots >= LEAST_SLOTS).then_some(layout)
     }
 }

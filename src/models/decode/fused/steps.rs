@@ -69,7 +69,6 @@ impl Fused {
             drafts: self.drafts.as_ref().map_or(0, |drafts| drafts.pointer),
             own_channels: layout.own_channels as i32,
             own_hidden: layout.own_hidden as i32,
-            own_logits: layout.own_logits as i32,
             sums_bytes: layout.sums_bytes as i32,
             x_bytes: layout.x_bytes as i32,
             ring_slots: layout.ring_slots as i32,
