@@ -93,8 +93,7 @@ fn backward<E: Element>(
 
     let args = prepared.args();
     let locks = Locks::new(&args, prepared.marks.as_ref(), Some(&dy));
-    let (kept, ungated, dstate) =
-        (Held::new(kept), ungated.map(Held::new), dstate.as_ref().map(Held::new));
+    let (kept, ungated, dstate) = (Held::new(kept), ungated.map(Held::new), dstate.as_ref().map(Held::new));
     {
         let guards = &mut Guards::default();
         let mut scan = locks.scan::<E>(sizes, plan, prepared.softplus, device, &stream, guards)?;
