@@ -5,43 +5,20 @@
 // again into registers, and the gradient of the state is carried back through them:
 //     dh_t = C_t g_t + carry      carry = 2^(a delta_t) dh_t
 //     dC += g_t h_t    dB += delta_t u_t dh_t    du, ddelta, dA from dh_t, carry and h_(t-1)
-// Shares of dB and dC are added up over a warp's channels and those of y, du and ddelta over the parts of a state through
+// Shares of dB and dC are added up over a warp's channels and those of du and ddelta over the parts of a state through
 // shared memory, then over the warps, and in selective_scan_coefficients over blocks: always in one order, no atomics.
+// What dz needs of y forward has kept, of the sequences' type: what that loses is what dz loses by its own rounding.
 //
-// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 75 KB of shared memory (f32: 90), 168
-// registers (198), no spills: 3 blocks (2) a multiprocessor.
-// Bytes: u, delta, z, dy, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a token
-// and block for dB and dC written.
-// One H100, N 16, bf16, with everything around it: 130m 0.87 ms, 1.4b 2.06, 2.8b-8k 2.76, short 0.59. ncu (1.4b): 32
-// instructions a number of the state, 18 of them in the walk back; IPC 2.2, FMA 33% busy, special functions 30%, shared
-// memory 70%, DRAM 21%: latency of shared memory binds, with 12 warps a multiprocessor. Sums over channels by the tensor
-// cores (numbers in two parts) took 39 instructions and were slower; eight numbers in a lane spill.
-// Faster still: y kept by forward, and finishing and preparing tiles in warps of their own.
-#include "common/scan_prepare.cuh"
-#include "common/scan_sums.cuh"
-
-constexpr int WARPS = THREADS / LANES;
-template <typename E, typename F> struct BackwardMemory {
-    using T = Tile<E, F>;
-    static constexpr int ROW = Inputs<F>::ROW;
-    // Whether there is room for y, and for what is otherwise in its own place behind one more barrier.
-    static constexpr bool ROOM = F::CHANNELS <= 128;
-    E u[2][T::SIZE], z[2][T::SIZE], dy[2][T::SIZE], delta[T::SIZE], y[ROOM ? T::SIZE : 8];
-    E raw[Coefficients<E, F, 2>::RAW];
-    float inputs[Inputs<F>::SIZE];        // then, in the place of delta u: dx
-    float gradients[F::TILE * ROW];       // dy times SiLU(z)
-    float dstep[F::TILE * ROW];
-    float b[F::TILE * F::WIDTH], c[F::TILE * F::WIDTH]; // neighbours, as they are widened together
-    float4 saved[F::TILE / MICRO - 1][F::PER * F::STATES / 4][THREADS];
-    union {
-        Sums<F> own[WARPS];                 // within a walk
-        float products[ROOM ? F::TILE * ROW : 4]; // behind it: shares of the skip weight's gradient
-    };
-    __device__ float *dd() { return ROOM ? products : gradients; }
-    float sums[WARPS][F::TILE][2 * F::WIDTH];
-    float bias[F::CHANNELS], skip[F::CHANNELS], totals[2 * F::CHANNELS]; // gradients of bias, then of skip weight, so far
-    uint8_t marks[3][F::TILE]; // of the tile before, which others may still finish, this one and the next
-};
+// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 74 KB of shared memory (f32: 91), 168
+// registers (222), no spills: 3 blocks (2) a multiprocessor, before Hopper 2.
+// Bytes: u, delta, z, dy, y, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a
+// token and block for dB and dC written.
+// One H100, N 16, bf16, with everything around it: 130m 0.72 ms, 1.4b 1.70, 2.8b-8k 2.38, 2.8b-64k 9.4, 130m-256k 10.0,
+// short 0.50. ncu (1.4b): 28 instructions a number of the state, 17 of them in the walk back; IPC 2.3, FMA 33% busy,
+// special functions 34%, shared memory 62%, DRAM 21%: latency of shared memory binds, with 12 warps a multiprocessor. Sums
+// over channels by the tensor cores (numbers in two parts) took 39 instructions and were slower; eight numbers in a lane
+// spill. Faster still: sums of one batch of tokens while the next is computed, for which there is no shared memory left.
+#include "common/scan_back.cuh"
 
 template <typename E, typename F> struct Backward {
     using T = Tile<E, F>;
@@ -260,11 +237,12 @@ template <typename E, typename F> struct Backward {
         T own(at);
         Places places(m, lane);
         int start = at.begin + (at.end - at.begin - 1) / TILE * TILE, buffer = 0, turn = 0;
-        Walker<E, F> u(p.u, at, own, start), delta(p.delta, at, own, start), z(p.z, at, own, start), dy(p.dy, at, own, start);
+        Walker<E, F> u(p.u, at, own, start), delta(p.delta, at, own, start);
+        Walker<E, F> z(p.z, at, own, start), dy(p.dy, at, own, start);
         Coefficients<E, F, 2> coefficients(p.b, p.c, at, start, n, p.aligned_coefficients);
         // whether tiles are whole, but for their tokens
-        bool whole = SPLIT == 4 && T::PACKS >= THREADS && p.aligned && at.count == F::CHANNELS && coefficients.whole && p.softplus &&
-                     p.z.data && !p.marks;
+        bool whole = SPLIT == 4 && T::PACKS >= THREADS && p.aligned && at.count == F::CHANNELS && coefficients.whole &&
+                     p.softplus && p.z.data && !p.marks;
         // What is used up while a tile is prepared has one buffer: a thread asks for what it has just read itself.
         auto fetch = [&](int buffer, uint8_t *marks, int start) {
             int left = at.end - start;
@@ -314,9 +292,9 @@ template <typename E, typename F> struct Backward {
             wait_copies<0>();
             __syncthreads();
             if (all)
-                finish<true>(p, m, at, own, buffer, marks, start);
+                finish<true, E, F>(p, m, at, own, buffer, marks, start);
             else
-                finish<false>(p, m, at, own, buffer, marks, start);
+                finish<false, E, F>(p, m, at, own, buffer, marks, start);
             float *sums = p.sums + ((int64_t(blockIdx.x) * p.batch + at.row) * p.length + start) * 2 * n;
             if (all)
                 sum_warps<true>(m, sums, n, TILE);
@@ -340,74 +318,6 @@ template <typename E, typename F> struct Backward {
             if (c < at.count) (i < F::CHANNELS ? p.dbias : p.dd)[chunk * p.channels + at.first + c] = m.totals[i];
         }
     }
-
-    // The tile's gradients of the sequences; leaves those of bias and skip weight, by token, in dstep and dd.
-    template <bool WHOLE>
-    static __device__ __forceinline__ void finish(const Scan &p, Memory &m, const Place<F> &at, const T &own,
-                                                  int buffer, const uint8_t *marks, int start) {
-        constexpr int W = T::WIDTH;
-        Walker<E, F> to_u(p.du.data, p.du, at, own, start), to_delta(p.ddelta.data, p.du, at, own, start);
-        Walker<E, F> to_z(p.dz.data, p.du, at, own, start);
-        bool aligned = WHOLE || p.aligned;
-        float skip[W];
-        load_floats(skip, m.skip + own.channel);
-#pragma unroll
-        for (int v = 0; v < T::OWN; ++v) {
-            if (!WHOLE && !own.has(v)) break;
-            int token = own.token + v * T::ROWS;
-            float *steps = m.dstep + token * Memory::ROW + spot(own.channel);
-            float *products = m.dd() + token * Memory::ROW + spot(own.channel);
-            bool inside = own.live && start + token < at.end;
-            typename T::Elements out, du;
-            float dstep[W] = {}, dd[W] = {};
-            if (!WHOLE && !(inside && !(p.marks && marks[token] == PAD))) {
-#pragma unroll
-                for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(0.0f);
-                store_floats(steps, dstep);
-                store_floats(products, dd);
-                if (inside) {
-                    to_u.store(at, own, v, out, aligned);
-                    to_delta.store(at, own, v, out, aligned);
-                    if (p.z.data) to_z.store(at, own, v, out, aligned);
-                }
-                continue;
-            }
-            auto uv = T::get(m.u[buffer], v), gv = T::get(m.dy[buffer], v);
-            float g[W], mixed[2 * W];
-            load_floats(mixed, m.inputs + token * Inputs<F>::TOKEN + spot(2 * own.channel));
-#pragma unroll
-            for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
-            if (WHOLE || p.z.data) {
-                auto zv = T::get(m.z[buffer], v);
-                auto yv = Memory::ROOM ? T::get(m.y, v) : Walker<E, F>(p.ungated, p.du, at, own, start).load(at, own, v);
-#pragma unroll
-                for (int k = 0; k < W; ++k) {
-                    float z = widen(zv.at[k]), s = sigmoid(z);
-                    out.at[k] = narrow<E>(g[k] * widen(yv.at[k]) * silu_slope(z, s));
-                    g[k] *= z * s;
-                }
-                to_z.store(at, own, v, out, aligned);
-            }
-            load_floats(dstep, steps);
-#pragma unroll
-            for (int k = 0; k < W; ++k) {
-                int place = Inputs<F>::mixed(k);
-                float u = widen(uv.at[k]), step = mixed[place], dx = mixed[place + PER];
-                dstep[k] = fmaf(u, dx, LN2 * dstep[k]);
-                du.at[k] = narrow<E>(fmaf(skip[k], g[k], step * dx));
-                dd[k] = g[k] * u;
-            }
-            if (WHOLE || p.softplus)
-#pragma unroll
-                for (int k = 0; k < W; ++k) dstep[k] *= softplus_slope<E>(mixed[Inputs<F>::mixed(k)]);
-#pragma unroll
-            for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(dstep[k]);
-            store_floats(steps, dstep);
-            store_floats(products, dd);
-            to_delta.store(at, own, v, out, aligned);
-            to_u.store(at, own, v, du, aligned);
-        }
-    }
 };
 
 template <typename E, typename F> __device__ void backward(const Scan &p) { Backward<E, F>::run(p); }
@@ -420,6 +330,12 @@ template <typename E, typename F> __device__ void backward(const Scan &p) { Back
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 16)                                      \
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 32)                                      \
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, 2, E, 1, 8, 32)
+// Shared memory holds three blocks from Hopper on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SHORT_BLOCKS 2
+#else
+#define SHORT_BLOCKS 3
+#endif
 BACKWARD(float, 2)
-BACKWARD(bf16, 3)
-BACKWARD(f16, 3)
+BACKWARD(bf16, SHORT_BLOCKS)
+BACKWARD(f16, SHORT_BLOCKS)

@@ -2,9 +2,9 @@
 //
 // selective_scan_summary / back_summary: grid as the scan's, without the chunk that hands nothing on. A chunk's own
 // contribution to the state behind it is a sum over its tokens with weights 2^(a R), R the steps in between: it is taken
-// from the chunk's end, and ends early once every weight of the block is below 2^-NEGLIGIBLE. Where states decay within a
-// hundred tokens it costs little, at worst as many exponentials as the scan itself (0.7 of its time). No spills for N = 16;
-// one tile ahead by asynchronous copies, one barrier a tile.
+// from the chunk's end, and ends early: a warp does once all its weights are below 2^-NEGLIGIBLE, a block once its warps
+// have. Where states decay within a hundred tokens it costs little, at worst nearly as much as the scan itself. The slowest
+// channel of a block decides, at some 45 ns a token. No spills; one tile ahead by asynchronous copies, one barrier a tile.
 // selective_scan_carry: one thread a number of the state goes through the chunks in order, 8 loads ahead.
 // The rest adds up shares in a fixed order. All of these are bound by memory.
 #include "common/scan_prepare.cuh"

@@ -4,17 +4,23 @@
 // asynchronous copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the
 // tokens with its numbers of the state in registers; then skip weight, gate and store.
 //
-// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 45 KB, 92 registers, 5 blocks a
-// multiprocessor), two by four (64, 40 KB, 117, 4) or two by eight (128, 37 KB, 128, 4); no spills.
-// Bytes: u, delta, z, B, C read once, y written once, and for training 4 N bytes a channel and KEPT tokens of states.
+// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 46 KB, 112 registers, 4 blocks a
+// multiprocessor), two by four (64, 42 KB, 122, 4) or two by eight (128, 37 KB, 127, 4); no spills.
+// Bytes: u, delta, z, B, C read once, y written once; for training 4 N bytes a channel and KEPT tokens of states, and y
+// before the gate.
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
-// that of memory (8 B D L bytes in bf16 at 3.02 TB/s).
-// One H100, bf16, ms (share of the floor): 130m 0.212 (45%), 1.4b 0.480 (53%), 2.8b-8k 0.829 (39%), short 0.142 (53%).
-// ncu at 1.4b, two by four: 9.5 instructions a number of the state, 5.8 of them in the walk; IPC 2.5, special functions
-// 66% busy, FMA 36%, shared memory 62%, DRAM 33%. One by four: shared memory 78%, for what a lane reads serves one channel.
-// Where channels are few (130m, 2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
-// Exponentials by FMA polynomials would cost as many issue slots as they free, so there are none. Walking in some warps
-// while others prepare and finish, between the same barriers, took 17% more instructions and was slower.
+// that of memory (8 B D L bytes in bf16 at 3.02 TB/s). Softplus and gate add 3 to the 16, and the clock is 1.7 GHz, not
+// 1.98, while these run: 1.36 of that floor is what the special functions allow.
+// One H100, bf16, ms (share of the floor): 130m 0.182 (53%), 1.4b 0.444 (58%), 2.8b-8k 0.709 (45%), 2.8b-64k 2.82 (45%),
+// 130m-256k 3.11 (50%; 8 rows of 32768 tokens 2.83), short 0.138 (54%).
+// ncu: one by four 9.5 instructions a number of the state, 6.2 of them in the walk, two by four 8.9 and 5.7; IPC 2.6,
+// special functions 60% and 68% busy, shared memory 70% and 64%, DRAM 25%. Issue slots, special functions and shared memory
+// are each two thirds busy, with 12 to 16 warps: their latencies bind. Whole tiles ask no questions for that reason: half of
+// the instructions outside the walk were addresses, bounds and branches.
+// Where channels are few (2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
+// Tried and slower: sums over the states by the tensor cores in tf32 (9.4 instructions for 11, but 8% more time, waiting
+// for products and for bursts of exponentials); one exponential of eight by an FMA polynomial (3%); walking in some warps
+// while others prepare and finish (17% more instructions). Four tokens ahead instead of two: the same.
 #include "common/scan_prepare.cuh"
 
 // Tokens whose numbers are on their way while those of as many others are used.
