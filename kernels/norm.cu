@@ -50,7 +50,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
     __device__ int place(int i) const { return (i * SIZE + member) * WIDTH; }
 
     template <typename T> __device__ T *at(const Rows &r, int64_t row, int i) const {
-        int64_t outer = row / p.inner, inner = row - outer * p.inner;
+        int outer = int(row) / p.inner, inner = int(row) - outer * p.inner; // rows fit an int
         return static_cast<T *>(r.data) + outer * r.outer_step + inner * r.inner_step + first + place(i);
     }
     template <typename T> __device__ void load(Values &to, const Rows &r, int64_t row) const {
@@ -265,8 +265,10 @@ extern "C" __global__ void norm_sum(float *out, const float *shares, int count, 
 #define ITEMS_OF(E, R, WIDTH)                                                                                           \
     KERNELS(E, R, WIDTH, 2, warp, false)                                                                                \
     KERNELS(E, R, WIDTH, 4, warp, false)                                                                                \
+    KERNELS(E, R, WIDTH, 1, block, true)                                                                                \
     KERNELS(E, R, WIDTH, 2, block, true)                                                                                \
-    KERNELS(E, R, WIDTH, 4, block, true)                                                                                \
+    KERNELS(E, R, WIDTH, 3, block, true)                                                                                \
+    KERNELS(E, R, WIDTH, 5, block, true)                                                                                \
     KERNELS(E, R, WIDTH, 8, block, true)
 #define WIDTHS(E, R) ITEMS_OF(E, R, 1) ITEMS_OF(E, R, 4)
 WIDTHS(float, float)

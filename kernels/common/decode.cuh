@@ -1,21 +1,25 @@
-// What the kernels of decoding share.
+// What the phases of decoding share: a block's warps, and words that carry activations from block to block.
 #pragma once
 #include "types.cuh"
+#include <type_traits>
 
 constexpr int LANES = 32;
+constexpr int WARPS = 8;   // that multiply
+constexpr int COPIERS = 4; // warps that copy weights for them
+constexpr int THREADS = WARPS * LANES;
+constexpr int MOST_ROWS = 8;
 
-// Programmatic launch: a kernel may begin while the one before it still runs, and waits here for all of its results.
-// Without that attribute of the launch, or before Hopper, both do nothing.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+// n / d for n < 2^22.
+struct Divide {
+    float inverse;
+    __device__ explicit Divide(int d) : inverse(reciprocal(d)) {}
+    __device__ int operator()(int n) const { return int((n + 0.5f) * inverse); }
+};
+
+__device__ __forceinline__ int lane_of() { return threadIdx.x % LANES; }
+__device__ __forceinline__ int warp_of() { return threadIdx.x / LANES; }
+// All warps that multiply.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -23,11 +27,91 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// 16 bytes that are read once.
-template <typename E> __device__ __forceinline__ Vector<E> load_streaming(const E *from) {
-    int4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-    return *reinterpret_cast<Vector<E> *>(&v);
+// A word is four bytes of activations and the mark of the phase that wrote them, stored and loaded at once: who finds the
+// mark has the activations, without a barrier, a fence or a second way to memory. Marks never come again.
+using Word = uint64_t;
+
+__device__ __forceinline__ uint32_t mark_of(Word w) { return uint32_t(w >> 32); }
+// Words have copies, so that not all blocks ask for the same lines of L2: how many, and words between them.
+struct Copies {
+    int count, apart;
+
+    __device__ void publish(Word *to, uint32_t data, uint32_t mark) const {
+        for (int i = 0; i < count; ++i, to += apart)
+            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(Word(mark) << 32 | data) : "memory");
+    }
+    // The one that the block reads.
+    __device__ const Word *own(const Word *from) const { return from + blockIdx.x % count * apart; }
+};
+__device__ __forceinline__ Word peek(const Word *from) {
+    Word w;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(w) : "l"(from) : "memory");
+    return w;
+}
+struct Words {
+    Word at[2];
+};
+__device__ __forceinline__ Words peek_two(const Word *from) {
+    Words w;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(w.at[0]), "=l"(w.at[1])
+                 : "l"(from)
+                 : "memory");
+    return w;
+}
+
+// The lanes of a warp share the rows: a lane takes part in one.
+struct Rows {
+    int lanes, own, begin; // of a row; the lane's row, and its place in it
+    bool live;
+    __device__ explicit Rows(int rows) : lanes(LANES) {
+        int bits = 5;
+        for (int most = 1; most < rows; most *= 2) lanes /= 2, --bits;
+        own = lane_of() >> bits, begin = lane_of() & (lanes - 1);
+        live = own < rows;
+    }
+};
+
+// A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
+// both are there; zeros behind the end of the row.
+template <int COUNT>
+__device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to) {
+    // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
+    if (end > 0)
+        while (mark_of(peek(row)) != mark) {}
+#pragma unroll 1
+    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
+        Words w[COUNT];
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) {
+            int i = start + m * rows.lanes;
+            if (i < end) w[m] = peek_two(row + 2 * i);
+        }
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) {
+            int i = start + m * rows.lanes;
+            if (i < end)
+                while (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark) {
+                    // many that ask again and again would keep L2 busy
+                    if (COUNT > 5) __nanosleep(100);
+                    w[m] = peek_two(row + 2 * i);
+                }
+            else
+                w[m] = {};
+            if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
+        }
+    }
+}
+// Activations in a word: two of 16 bits, or one of 32. `next` is the second.
+template <typename E> constexpr int PACK = 4 / sizeof(E);
+__device__ __forceinline__ uint32_t pack(bf16 x, bf16 next) {
+    return __bfloat16_as_ushort(x) | uint32_t(__bfloat16_as_ushort(next)) << 16;
+}
+__device__ __forceinline__ uint32_t pack(f16 x, f16 next) {
+    return __half_as_ushort(x) | uint32_t(__half_as_ushort(next)) << 16;
+}
+__device__ __forceinline__ uint32_t pack(float x, float) { return __float_as_uint(x); }
+// Words of a row of so many elements: whole pairs.
+template <typename E> __device__ __forceinline__ int words_of(int width) {
+    return ((width + PACK<E> - 1) / PACK<E> + 1) / 2 * 2;
 }

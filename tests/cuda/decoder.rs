@@ -10,7 +10,7 @@ use subquadratic::models::{Decoder, Family, LanguageModel, MixerConfig, ModelCon
 const VOCABULARY: usize = 61;
 
 /// Models with other options each; all of them have kernels.
-fn configs() -> [ModelConfig; 4] {
+fn configs() -> [ModelConfig; 5] {
     let mut falcon = ModelConfig::mamba(64, 2, VOCABULARY);
     (falcon.family, falcon.tie_embeddings) = (Family::FalconMamba, false);
     let mut original = ModelConfig::mamba(72, 3, VOCABULARY);
@@ -19,7 +19,10 @@ fn configs() -> [ModelConfig; 4] {
     (original.final_norm, original.residual_in_fp32) = (Some(norm), false);
     original.blocks.iter_mut().for_each(|block| block.norm = norm);
     let mut odd = ModelConfig::mamba(40, 2, VOCABULARY);
-    for (config, [states, filter, rank]) in [(&mut falcon, [13, 2, 24]), (&mut odd, [24, 3, 5])] {
+    // rows that several warps share, and states in two halves
+    let mut wide = ModelConfig::mamba(264, 2, VOCABULARY);
+    let sizes = [(&mut falcon, [13, 2, 24]), (&mut odd, [24, 3, 5]), (&mut wide, [76, 4, 33])];
+    for (config, [states, filter, rank]) in sizes {
         let bias = config.family == Family::FalconMamba;
         for block in &mut config.blocks {
             let MixerConfig::Mamba(mixer) = &mut block.mixer else { panic!("a Mamba") };
@@ -28,7 +31,7 @@ fn configs() -> [ModelConfig; 4] {
             mixer.inner_norm_eps = bias.then_some(1e-3);
         }
     }
-    [ModelConfig::mamba(64, 3, VOCABULARY), falcon, original, odd]
+    [ModelConfig::mamba(64, 3, VOCABULARY), falcon, original, odd, wide]
 }
 
 fn model(config: &ModelConfig, dtype: DType, device: &Device) -> LanguageModel {

@@ -53,13 +53,17 @@ impl Launch<'_> {
 }
 
 impl Launch<'_> {
-    /// Puts a kernel of one struct into the stream, with `memory` bytes of shared memory a block. If `early`, it may begin
-    /// while the kernel ahead of it still runs, and waits for that one's results itself.
+    /// Puts a kernel of one struct into the stream, with `memory` bytes of shared memory a block. If its blocks wait for
+    /// each other, it runs once there is room for all of them.
     ///
     /// # Safety
-    /// As [`Launch::run`], for the one argument; a kernel that begins early reads and writes nothing of others before it
-    /// has waited.
-    pub(crate) unsafe fn follow<T: Copy>(&self, argument: &T, memory: usize, early: bool) -> Result<()> {
+    /// As [`Launch::run`], for the one argument.
+    pub(crate) unsafe fn with_memory<T: Copy>(
+        &self,
+        argument: &T,
+        memory: usize,
+        together: bool,
+    ) -> Result<()> {
         let kernel = module::kernel(self.device, self.module, self.kernel, false)?;
         let fail =
             |error| failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error);
@@ -70,9 +74,9 @@ impl Launch<'_> {
         let stream = self.device.cuda_stream();
         stream.context().bind_to_thread().map_err(fail)?;
         let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            value: sys::CUlaunchAttributeValue { cooperative: 1 },
         };
         let [x, y, z] = self.grid.map(|n| n as u32);
         let config = sys::CUlaunchConfig {
@@ -85,7 +89,7 @@ impl Launch<'_> {
             sharedMemBytes: memory as u32,
             hStream: stream.cu_stream(),
             attrs: &raw mut attribute,
-            numAttrs: early as u32,
+            numAttrs: together as u32,
         };
         let mut arguments = [(&raw const *argument).cast_mut().cast::<c_void>()];
         // SAFETY: the configuration and the one argument live through the call, which copies them; the rest is the
@@ -137,9 +141,9 @@ pub(crate) fn is_hopper(device: &CudaDevice) -> Result<bool> {
     Ok(cfg!(hopper_kernels) && (known(major)?, known(minor)?) == (9, 0))
 }
 
-/// Whether a kernel may begin before the one ahead of it has ended: from Hopper on.
-pub(crate) fn starts_early(device: &CudaDevice) -> Result<bool> {
-    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-    let major = device.cuda_stream().context().attribute(attribute);
-    Ok(major.map_err(|error| failed("the compute capability", error))? >= 9)
+/// The shared memory that a block may ask for.
+pub(crate) fn shared_memory(device: &CudaDevice) -> Result<usize> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let bytes = device.cuda_stream().context().attribute(attribute);
+    Ok(bytes.map_err(|error| failed("the shared memory of a block", error))?.max(0) as usize)
 }

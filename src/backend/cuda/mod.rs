@@ -12,7 +12,7 @@ mod view;
 
 pub(crate) use element::Element;
 pub(crate) use graph::Graph;
-pub(crate) use launch::{Argument, Launch, Packed, is_hopper, multiprocessors, starts_early};
+pub(crate) use launch::{Argument, Launch, Packed, is_hopper, multiprocessors, shared_memory};
 pub(crate) use module::Module;
 pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_stride};
 

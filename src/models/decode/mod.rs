@@ -20,9 +20,9 @@ use general::General;
 /// logits are given but the states stay, until [`Decoder::accept`] says how many of them to keep, as speculative decoding
 /// asks for.
 ///
-/// On CUDA, a model of Mamba blocks takes up to eight tokens at a time (rows times tokens) through a few kernels of its
-/// own with states in place: four a block, recorded in a CUDA graph for every shape of call at its second use, so that
-/// the host launches one thing a token. Everything else takes the general form: the model's own forward pass, and states
+/// On CUDA, a model of Mamba blocks takes up to eight tokens at a time (rows times tokens) through one kernel with states
+/// in place, which goes through all layers while their weights stream ahead of it; see [`Decoder::is_fused`]. Everything
+/// else takes the general form: the model's own forward pass, and states
 /// that are cut and joined where the rows change. By the streaming law the results are the same.
 ///
 /// ```
@@ -97,7 +97,8 @@ impl<'a> Decoder<'a> {
         self.positions.len()
     }
 
-    /// Whether calls of so many tokens in all (rows times tokens a row) go through kernels of their own.
+    /// Whether calls of so many tokens in all (rows times tokens a row) go through the one kernel. Eight do, or fewer where
+    /// the activations of eight rows leave no room for weights in a multiprocessor's shared memory.
     pub fn is_fused(&self, tokens: usize) -> bool {
         match &self.inner {
             Inner::General(_) => {
@@ -105,7 +106,7 @@ impl<'a> Decoder<'a> {
                 false
             }
             #[cfg(feature = "cuda")]
-            Inner::Fused(_) => tokens <= fused::MOST_ROWS,
+            Inner::Fused(fused) => tokens <= fused.most_rows(),
         }
     }
 
@@ -179,7 +180,7 @@ impl<'a> Decoder<'a> {
         let tokens = self.check(slots, ids)?;
         #[cfg(feature = "cuda")]
         if let Inner::Fused(fused) = &mut self.inner
-            && ids.len() <= fused::MOST_ROWS
+            && ids.len() <= fused.most_rows()
             && tokens == 1
         {
             let chosen = fused.greedy(slots, ids)?;

@@ -1,29 +1,27 @@
-//! Decoding by kernels of its own: four a block, states in place, the whole step one CUDA graph.
+//! Decoding by a kernel of its own: a whole step is one launch, states in place.
 //!
-//! Everything a step touches lies in places that stay: weights, states, what passes between kernels, and `io`, where the
-//! host leaves ids, slots and counts and finds the chosen ids. A shape of call runs once as it is, which loads the kernels,
-//! is recorded at its second use and launched as a graph from then on. More rows than the kernels take at a time go through
-//! in turns.
+//! Everything a step touches lies in places that stay: weights, states, the program of phases, the words that pass between
+//! the kernel's blocks, and `io`, where the host leaves ids, slots and counts and finds the chosen ids. More rows than the
+//! kernel takes at a time go through in turns.
 
 mod kernels;
+mod layout;
+mod program;
 mod steps;
 mod weights;
 
 use super::super::{LanguageModel, MixerState, ModelState};
-use crate::backend::cuda::{Buffer, Graph, starts_early};
+use crate::backend::cuda::{Buffer, Graph, multiprocessors};
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, DType, Tensor};
+use program::Program;
 use std::collections::HashMap;
 use std::sync::Arc;
 use weights::{Sizes, Weights};
 
-/// Rows (tokens of all sequences) that the kernels take at a time.
-pub(super) const MOST_ROWS: usize = 8;
-const LONGEST_FILTER: usize = 4;
-const WIDEST_STATE: usize = 128;
-/// Shared memory that a block may ask for.
-const MOST_SHARED: usize = 160 << 10;
+/// Rows (tokens of all sequences) that the kernel takes at a time at most.
+const MOST_ROWS: usize = 8;
 /// Where in `io` the ids, slots, counts and chosen ids begin; what the host writes comes first.
 const IDS: usize = 0;
 const SLOTS: usize = MOST_ROWS;
@@ -31,6 +29,10 @@ const COUNTS: usize = 2 * MOST_ROWS;
 const CHOSEN: usize = 3 * MOST_ROWS;
 /// A slot that no row has, for the kernels.
 const IDLE: u32 = u32::MAX;
+/// Copies of all words, so that not all blocks ask for the same lines of L2.
+const WORD_COPIES: usize = 2;
+/// Marks that words bear before all of them are taken back.
+const MOST_MARKS: usize = 1 << 31;
 
 /// The model, its states, and what a step needs beside them.
 pub(super) struct Fused {
@@ -38,12 +40,14 @@ pub(super) struct Fused {
     stream: Arc<CudaStream>,
     weights: Weights,
     pool: Vec<Pool>,
-    scratch: Scratch,
-    /// What drafts leave for `accept`, one a layer; made by the first draft.
-    drafts: Vec<Draft>,
+    program: Program,
+    io: CudaSlice<u32>,
+    io_pointer: u64,
+    logits: Room,
+    words: Words,
+    /// What drafts leave for `accept`; made by the first draft.
+    drafts: Option<Drafts>,
     graphs: HashMap<Shape, Option<Graph>>,
-    /// Whether kernels may begin before the ones ahead have ended.
-    early: bool,
 }
 
 /// The states of one layer.
@@ -60,29 +64,24 @@ struct Room {
     pointer: u64,
 }
 
-/// What passes between kernels, for [`MOST_ROWS`] rows.
-struct Scratch {
-    io: CudaSlice<u32>,
-    io_pointer: u64,
-    /// The residual stream before and behind a layer.
-    streams: [Room; 2],
-    y: Room,
-    update: Room,
-    logits: Room,
-    between: Draft,
+/// The words that pass between blocks, for [`MOST_ROWS`] rows, and the marks that they bear.
+struct Words {
+    slice: CudaSlice<u64>,
+    /// The kernel's mark, and how many of its blocks are done.
+    epoch: CudaSlice<u32>,
+    epoch_pointer: u64,
+    /// Where the stream, u, y, what is selected and the best logits begin in the first copy; words of a copy.
+    places: [u64; 5],
+    apart: usize,
+    /// Marks since they were zeros.
+    marks: usize,
 }
 
-/// What lies between a mixer's projections, and what `accept` needs of it.
-struct Draft {
-    /// `[R, 2 D]`
-    xz: Room,
-    /// `[R, D]`
-    u: Room,
-    /// `[R, rank + 2 N]`, before and behind the inner norms.
-    selected: Room,
-    normed: Room,
-    /// `[R, D]`
-    delta: Room,
+/// What drafts leave, for [`MOST_ROWS`] rows: of each layer `x`, `u`, what was selected, delta.
+struct Drafts {
+    _rooms: Vec<[Room; 4]>,
+    _table: CudaSlice<u64>,
+    pointer: u64,
 }
 
 /// What a graph is recorded for.
@@ -113,27 +112,71 @@ fn pointer_of<T>(slice: &mut CudaSlice<T>, stream: &CudaStream) -> u64 {
     slice.device_ptr_mut(stream).0
 }
 
-impl Draft {
-    fn new(sizes: &Sizes, dtype: DType, device: &CudaDevice, stream: &CudaStream) -> Result<Self> {
+impl Words {
+    fn new(sizes: &Sizes, blocks: usize, device: &CudaDevice, stream: &CudaStream) -> Result<Self> {
+        // pairs of words are whole pieces of 16 bytes
+        let widths = [sizes.hidden, sizes.channels, sizes.channels, sizes.selected() + 2, 2 * blocks];
+        let counts = widths.map(|width| (MOST_ROWS * width).next_multiple_of(2));
+        let apart = counts.iter().sum();
+        let mut slice = device.alloc_zeros::<u64>(WORD_COPIES * apart)?;
+        let mut place = pointer_of(&mut slice, stream);
+        let places = counts.map(|count| {
+            let own = place;
+            place += (count * size_of::<u64>()) as u64;
+            own
+        });
+        let mut epoch = device.alloc_zeros::<u32>(2)?;
+        let epoch_pointer = pointer_of(&mut epoch, stream);
+        Ok(Self { slice, epoch, epoch_pointer, places, apart, marks: 0 })
+    }
+
+    /// Room for so many marks more: none comes twice as long as a word may bear it.
+    fn advance(&mut self, marks: usize, stream: &Arc<CudaStream>) -> Result<()> {
+        if self.marks + marks > MOST_MARKS {
+            let fail = |error| crate::backend::cuda::failed("decoder: clearing its words", error);
+            stream.memset_zeros(&mut self.slice).map_err(fail)?;
+            stream.memset_zeros(&mut self.epoch).map_err(fail)?;
+            self.marks = 0;
+        }
+        self.marks += marks;
+        Ok(())
+    }
+}
+
+impl Drafts {
+    fn new(
+        sizes: &Sizes,
+        dtype: DType,
+        layers: usize,
+        device: &CudaDevice,
+        stream: &CudaStream,
+    ) -> Result<Self> {
         let room = |width: usize| {
             Room::zeros(device, stream, (MOST_ROWS * width * dtype.size_in_bytes()).div_ceil(4))
         };
-        Ok(Self {
-            xz: room(2 * sizes.channels)?,
-            u: room(sizes.channels)?,
-            selected: room(sizes.selected())?,
-            normed: room(sizes.selected())?,
-            delta: room(sizes.channels)?,
-        })
+        let layer = |_| -> Result<[Room; 4]> {
+            Ok([room(sizes.channels)?, room(sizes.channels)?, room(sizes.selected())?, room(sizes.channels)?])
+        };
+        let rooms: Vec<[Room; 4]> = (0..layers).map(layer).collect::<Result<_>>()?;
+        let draft = |[x, u, selected, delta]: &[Room; 4]| kernels::Draft {
+            x: x.pointer,
+            u: u.pointer,
+            selected: selected.pointer,
+            delta: delta.pointer,
+        };
+        let table: Vec<kernels::Draft> = rooms.iter().map(draft).collect();
+        let mut table = program::to_device(&table, device)?;
+        let pointer = pointer_of(&mut table, stream);
+        Ok(Self { _rooms: rooms, _table: table, pointer })
     }
 }
 
 impl Fused {
-    /// A pool of fresh states; none if the model is not one of those the kernels take.
+    /// A pool of fresh states; none if the model is not one of those the kernel takes, or the device has no room.
     pub(super) fn new(model: &LanguageModel, slots: usize) -> Result<Option<Self>> {
         let Some((weights, device)) = Weights::new(model)? else { return Ok(None) };
         let stream = device.cuda_stream();
-        let (sizes, dtype) = (weights.sizes, weights.dtype);
+        let sizes = weights.sizes;
         let zeros = |numbers| Room::zeros(&device, &stream, numbers);
         let pool = |_| {
             Ok(Pool {
@@ -141,20 +184,31 @@ impl Fused {
                 state: zeros(slots * sizes.channels * sizes.states)?,
             })
         };
-        let pool = (0..weights.layers.len()).map(pool).collect::<Result<_>>()?;
+        let pool: Vec<Pool> = (0..weights.layers.len()).map(pool).collect::<Result<_>>()?;
+        let blocks = multiprocessors(&device)?;
+        let words = Words::new(&sizes, blocks, &device, &stream)?;
+        let Some(program) = Program::new(&weights, &pool, &words.places, blocks, &device)? else {
+            return Ok(None);
+        };
         let mut io = device.alloc_zeros::<u32>(CHOSEN + MOST_ROWS)?;
-        let scratch = Scratch {
+        Ok(Some(Self {
             io_pointer: pointer_of(&mut io, &stream),
             io,
-            streams: [zeros(MOST_ROWS * sizes.hidden)?, zeros(MOST_ROWS * sizes.hidden)?],
-            y: zeros(MOST_ROWS * sizes.channels)?,
-            update: zeros(MOST_ROWS * sizes.hidden)?,
             logits: zeros(MOST_ROWS * sizes.vocabulary)?,
-            between: Draft::new(&sizes, dtype, &device, &stream)?,
-        };
-        let early = starts_early(&device)?;
-        let (drafts, graphs) = (vec![], HashMap::new());
-        Ok(Some(Self { device, stream, weights, pool, scratch, drafts, graphs, early }))
+            program,
+            words,
+            drafts: None,
+            graphs: HashMap::new(),
+            device,
+            stream,
+            weights,
+            pool,
+        }))
+    }
+
+    /// Rows that the kernel takes at a time.
+    pub(super) fn most_rows(&self) -> usize {
+        self.program.most_rows()
     }
 
     /// Logits `[B, T, V]`.
@@ -165,10 +219,11 @@ impl Fused {
         tokens: usize,
         keep: bool,
     ) -> Result<Tensor> {
-        if tokens > MOST_ROWS || (!keep && ids.len() > MOST_ROWS) {
+        let most = self.most_rows();
+        if tokens > most || (!keep && ids.len() > most) {
             return self.in_turns(slots, ids, tokens, keep);
         }
-        let group = MOST_ROWS / tokens;
+        let group = most / tokens;
         let mut parts = vec![];
         for (slots, ids) in slots.chunks(group).zip(ids.chunks(group * tokens)) {
             self.launch(slots, ids, Shape { sequences: slots.len(), tokens, keep, greedy: false })?;
@@ -188,13 +243,14 @@ impl Fused {
         tokens: usize,
         keep: bool,
     ) -> Result<Tensor> {
+        let most = self.most_rows();
         if !keep {
-            let expected = format!("a draft of at most {MOST_ROWS} tokens in all rows");
+            let expected = format!("a draft of at most {most} tokens in all rows");
             return Err(Error::value("decoder: number of ids", expected, ids.len()));
         }
         let mut parts = vec![];
-        for start in (0..tokens).step_by(MOST_ROWS) {
-            let end = tokens.min(start + MOST_ROWS);
+        for start in (0..tokens).step_by(most) {
+            let end = tokens.min(start + most);
             let part = |row: usize| &ids[row * tokens + start..row * tokens + end];
             let part: Vec<u32> = (0..slots.len()).flat_map(part).copied().collect();
             parts.push(self.run(slots, &part, end - start, true)?);
@@ -205,7 +261,7 @@ impl Fused {
     /// The most probable token after one token a row; `u32::MAX` where a logit is no number.
     pub(super) fn greedy(&mut self, slots: &[Option<usize>], ids: &[u32]) -> Result<Vec<u32>> {
         self.launch(slots, ids, Shape { sequences: slots.len(), tokens: 1, keep: true, greedy: true })?;
-        let chosen = self.scratch.io.slice(CHOSEN..CHOSEN + slots.len());
+        let chosen = self.io.slice(CHOSEN..CHOSEN + slots.len());
         Ok(self.device.clone_dtoh(&chosen)?)
     }
 
@@ -253,7 +309,7 @@ impl Fused {
     /// The logits of the last call, copied.
     fn logits(&self, sequences: usize, tokens: usize) -> Result<Tensor> {
         let count = sequences * tokens * self.weights.sizes.vocabulary;
-        let logits = self.copy(&self.scratch.logits.slice, 0, count, self.weights.dtype)?;
+        let logits = self.copy(&self.logits.slice, 0, count, self.weights.dtype)?;
         Ok(logits.reshape((sequences, tokens, self.weights.sizes.vocabulary))?)
     }
 
@@ -278,7 +334,7 @@ impl Fused {
 
     /// Writes numbers into `io`, behind what is in the stream.
     fn write(&mut self, start: usize, numbers: &[u32]) -> Result<()> {
-        let mut place = self.scratch.io.slice_mut(start..start + numbers.len());
+        let mut place = self.io.slice_mut(start..start + numbers.len());
         Ok(self.device.memcpy_htod(numbers, &mut place)?)
     }
 
@@ -290,10 +346,10 @@ impl Fused {
             *to = slot.map_or(IDLE, |slot| slot as u32);
         }
         self.write(IDS, &io)?;
-        if !shape.keep && self.drafts.is_empty() {
-            let (sizes, dtype) = (&self.weights.sizes, self.weights.dtype);
-            let draft = |_| Draft::new(sizes, dtype, &self.device, &self.stream);
-            self.drafts = (0..self.weights.layers.len()).map(draft).collect::<Result<_>>()?;
+        self.words.advance(self.program.phases(), &self.stream)?;
+        if !shape.keep && self.drafts.is_none() {
+            let (sizes, dtype, layers) = (&self.weights.sizes, self.weights.dtype, self.weights.layers.len());
+            self.drafts = Some(Drafts::new(sizes, dtype, layers, &self.device, &self.stream)?);
         }
         let what = "decoder: a step";
         match self.graphs.get(&shape) {

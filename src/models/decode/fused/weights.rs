@@ -1,12 +1,16 @@
 //! A model's weights as the kernels of decoding take them.
 
 use super::super::super::LanguageModel;
-use super::{LONGEST_FILTER, WIDEST_STATE};
 use crate::Result;
 use crate::backend::cuda::{Guards, Held, contiguous, device_of};
 use crate::layers::NormLayer;
 use crate::ops::norm::NormKind;
 use candle_core::{CudaDevice, DType, Tensor};
+
+/// Bytes of a copy.
+const PIECE: usize = 16;
+const FILTERS: std::ops::RangeInclusive<usize> = 2..=4;
+const WIDEST_STATE: usize = 128;
 
 /// A contiguous tensor and where it lies. Nothing writes to it.
 #[derive(Debug)]
@@ -24,6 +28,13 @@ impl Weight {
             held.pointer(name, &device, &stream, &mut Guards::default())?
         };
         Ok(Self { pointer, _tensor: tensor })
+    }
+
+    /// A matrix whose rows are whole pieces of 16 bytes, with zeros at their ends.
+    fn padded(name: &str, tensor: &Tensor, dtype: DType) -> Result<Self> {
+        let width = tensor.dim(1)?;
+        let padded = width.next_multiple_of(PIECE / dtype.size_in_bytes());
+        Self::new(name, &tensor.detach().pad_with_zeros(1, 0, padded - width)?, dtype)
     }
 
     fn wide(name: &str, tensor: Option<&Tensor>) -> Result<Option<Self>> {
@@ -97,6 +108,11 @@ impl Sizes {
     pub(super) fn selected(&self) -> usize {
         self.rank + 2 * self.states
     }
+
+    /// Columns of dt's projection: whole pieces.
+    pub(super) fn padded_rank(&self, element: usize) -> usize {
+        self.rank.next_multiple_of(PIECE / element)
+    }
 }
 
 #[derive(Debug)]
@@ -160,7 +176,7 @@ impl Weights {
                     Weight::wide("b_layernorm", of_b.as_ref())?,
                     Weight::wide("c_layernorm", of_c.as_ref())?,
                 ],
-                dt_proj: own("dt_proj", p.dt_weight)?,
+                dt_proj: Weight::padded("dt_proj", p.dt_weight, dtype)?,
                 dt_bias: wide("dt_proj: bias", p.dt_bias)?,
                 a: wide("A", &p.a)?,
                 d: wide("D", p.d)?,
@@ -176,15 +192,10 @@ impl Weights {
     }
 }
 
-/// Whether kernels exist for these sizes: rows of weights in whole pieces of 16 bytes.
+/// Whether kernels exist for these sizes: rows of weights in whole pieces.
 fn fits(sizes: &Sizes, dtype: DType) -> bool {
-    let piece = 16 / dtype.size_in_bytes();
-    let whole = [sizes.hidden, sizes.channels].iter().all(|n| n.is_multiple_of(piece));
-    let shared = super::MOST_ROWS * sizes.hidden * dtype.size_in_bytes();
-    let selected = super::MOST_ROWS * sizes.selected() * size_of::<f32>();
-    whole
-        && sizes.filter <= LONGEST_FILTER
-        && sizes.filter >= 2
+    let piece = PIECE / dtype.size_in_bytes();
+    [sizes.hidden, sizes.channels].iter().all(|n| n.is_multiple_of(piece))
+        && FILTERS.contains(&sizes.filter)
         && sizes.states <= WIDEST_STATE
-        && shared.max(selected) <= super::MOST_SHARED
 }

@@ -1,4 +1,7 @@
-//! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`.
+//! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`. Norms of heads that a
+//! gate follows have kernels of their own, in [`heads`].
+
+mod heads;
 
 use super::{Norm, NormInput, NormKind};
 use crate::autograd::{Gradients, record_all};
@@ -15,9 +18,9 @@ use half::{bf16, f16};
 const THREADS: usize = 256;
 const LANES: usize = 32;
 const WIDTH: usize = 4;
-/// Blocks of a pass for each multiprocessor.
+/// Blocks of a pass for each multiprocessor; backward fewer of those that take more registers, for each leaves shares.
 const FORWARD_BLOCKS: usize = 16;
-const BACKWARD_BLOCKS: usize = 2;
+const BACKWARD_BLOCKS: usize = 8;
 /// The most rows or groups that kernels count.
 const MOST: usize = 65_535;
 
@@ -34,8 +37,9 @@ impl Plan {
     /// For groups of `group` of `channels` channels, read `WIDTH` at a time if `aligned`; `None` if they are too wide.
     fn new(channels: usize, group: usize, aligned: bool) -> Option<Self> {
         let width = if aligned && group.is_multiple_of(WIDTH) { WIDTH } else { 1 };
-        let kernels = [(LANES, 2), (LANES, 4), (THREADS, 2), (THREADS, 4), (THREADS, 8)];
-        let (team, items) = kernels.into_iter().find(|(team, items)| team * items * width >= group)?;
+        let blocks = [1, 2, 3, 5, 8].map(|items| (THREADS, items));
+        let mut kernels = [(LANES, 2), (LANES, 4)].into_iter().chain(blocks);
+        let (team, items) = kernels.find(|(team, items)| team * items * width >= group)?;
         (channels / group <= MOST).then_some(Self { width, items, team })
     }
 
@@ -97,6 +101,9 @@ pub(super) fn on_cuda(
         (DType::F16, _) => recorded::<f16, f16>,
         _ => return Ok(None),
     };
+    if let Some(y) = heads::on_cuda(name, input, norm, group)? {
+        return Ok(Some((y, None)));
+    }
     let rows = input.x.elem_count() / input.x.dims().last().copied().unwrap_or(1).max(1);
     if rows == 0 || rows > i32::MAX as usize {
         return Ok(None);
@@ -291,7 +298,7 @@ impl Saved {
         let mut dx = Buffer::<E>::new(device, elements)?;
         let mut dresidual = self.residual.as_ref().map(|_| Buffer::<R>::new(device, elements)).transpose()?;
         let mut dz = self.z.as_ref().map(|_| Buffer::<E>::new(device, elements)).transpose()?;
-        let grid = self.blocks(plan, multiprocessors(device)? * BACKWARD_BLOCKS);
+        let grid = self.blocks(plan, multiprocessors(device)? * (BACKWARD_BLOCKS / plan.items).max(2));
         let teams = grid[0] * THREADS / plan.team;
         let mut shares = Buffer::<f32>::new(device, teams * 2 * channels)?;
         let mut total = Buffer::<f32>::new(device, 2 * channels)?;
@@ -384,9 +391,9 @@ mod tests {
         let plan = |group, aligned| Plan::new(group, group, aligned);
         assert_eq!(plan(256, true), Some(Plan { width: 4, items: 2, team: 32 }));
         assert_eq!(plan(512, true), Some(Plan { width: 4, items: 4, team: 32 }));
-        assert_eq!(plan(768, true), Some(Plan { width: 4, items: 2, team: 256 }));
-        assert_eq!(plan(5120, true), Some(Plan { width: 4, items: 8, team: 256 }));
-        assert_eq!(plan(768, false), Some(Plan { width: 1, items: 4, team: 256 }));
+        assert_eq!(plan(768, true), Some(Plan { width: 4, items: 1, team: 256 }));
+        assert_eq!(plan(2560, true), Some(Plan { width: 4, items: 3, team: 256 }));
+        assert_eq!(plan(768, false), Some(Plan { width: 1, items: 3, team: 256 }));
         assert_eq!(plan(2049, false), None);
         assert_eq!(plan(8193, true), None);
     }

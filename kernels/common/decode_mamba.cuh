@@ -1,0 +1,282 @@
+// What the phases of a Mamba block do beside their products; src/layers/mamba has the formulas.
+//
+//   MIX     x, z = W norm(stream); u = silu(conv(x)): a block has the same channels of both, and keeps z and u for STATE
+//   SELECT  dt, B, C = W u
+//   STATE   delta = W norm(dt), the recurrence through the pool's states, skip weight and gate
+// and then ADD.
+#pragma once
+#include "decode_phases.cuh"
+
+constexpr int TAPS = 4;
+constexpr int NUMBERS = 4; // of a state, in a lane, twice where a state has more than half a warp's
+static_assert(4 * NUMBERS + 2 <= EARLY && 2 * TAPS <= EARLY, "what is loaded early has room");
+
+// What the thread of one channel and one sequence has of the convolution.
+struct Filter {
+    float *tap, *window, &shift;
+    int missing;
+
+    __device__ Filter(Early &early, const Step &p)
+        : tap(early), window(early + TAPS), shift(early[2 * TAPS - 1]), missing(TAPS - p.filter) {}
+    // Where its state lies; null for an idle row.
+    __device__ static float *place(const Step &p, const Phase &phase, const Task &task) {
+        int slot = p.slots[task.sequence];
+        return slot < 0 ? nullptr : phase.window + (int64_t(slot) * p.channels + task.output) * (p.filter - 1);
+    }
+    __device__ void load(const Phase &phase, int channel, const float *place) {
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) {
+            tap[k] = k >= missing ? phase.taps[channel * (TAPS - missing) + k - missing] : 0.0f;
+            if (k + 1 < TAPS) window[k] = k >= missing && place ? place[k - missing] : 0.0f;
+        }
+        shift = phase.shift ? phase.shift[channel] : 0.0f;
+    }
+    __device__ float next(float x) {
+        float sum = fmaf(tap[TAPS - 1], x, shift);
+#pragma unroll
+        for (int k = 0; k + 1 < TAPS; ++k) sum = fmaf(tap[k], window[k], sum);
+#pragma unroll
+        for (int k = 0; k + 2 < TAPS; ++k) window[k] = window[k + 1];
+        window[TAPS - 2] = x;
+        return silu(sum);
+    }
+    __device__ void store(float *place) const {
+#pragma unroll
+        for (int k = 0; k + 1 < TAPS; ++k)
+            if (k >= missing) place[k - missing] = window[k];
+    }
+};
+
+// A lane's numbers of a channel's state: four, or four of each half.
+struct Part {
+    int states, lane, halves;
+
+    __device__ Part(int states, int lane, int halves) : states(states), lane(lane), halves(halves) {}
+    __device__ int first(int half) const { return half * LANES / 2 * NUMBERS + lane * NUMBERS; }
+    __device__ void load(float *to, const float *from) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (half >= halves) break;
+            float *own = to + half * NUMBERS;
+            const float *at = from + first(half);
+            int count = states - first(half); // not clamped to four, see selective_scan_step.cu
+            if (states % NUMBERS == 0 && count > 0) {
+                float4 v = *reinterpret_cast<const float4 *>(at);
+                own[0] = v.x, own[1] = v.y, own[2] = v.z, own[3] = v.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < NUMBERS; ++i) own[i] = i < count ? at[i] : 0.0f;
+            }
+        }
+    }
+    __device__ void store(float *to, const float *from) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (half >= halves) break;
+            const float *own = from + half * NUMBERS;
+            float *at = to + first(half);
+            int count = states - first(half);
+            if (states % NUMBERS == 0 && count > 0) {
+                *reinterpret_cast<float4 *>(at) = make_float4(own[0], own[1], own[2], own[3]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < NUMBERS; ++i)
+                    if (i < count) at[i] = own[i];
+            }
+        }
+    }
+};
+
+// The recurrence: a state of N numbers lies in `split` lanes.
+template <typename E, bool MANY> struct Recurrence {
+    Block<E, MANY> &b;
+    const Phase &phase;
+    const Share &share;
+    int tasks, halves, split = 1, bits = 0, lane, group;
+    int own, channel, sequence, slot;
+    int place; // of the channel's numbers in those of a sequence
+
+    __device__ Recurrence(Block<E, MANY> &b, const Phase &phase, const Share &share) : b(b), phase(phase), share(share) {
+        tasks = (b.p.tokens == 1 ? b.p.rows : Divide(b.p.tokens)(b.p.rows)) * share.count;
+        halves = b.p.states > LANES / 2 * NUMBERS ? 2 : 1;
+        while (split * halves * NUMBERS < b.p.states) split *= 2, ++bits;
+        lane = threadIdx.x & (split - 1), group = threadIdx.x >> bits;
+    }
+    // Threads of whole warps have tasks, some of them none that counts.
+    __device__ bool has(int task) const { return (task & ~((LANES >> bits) - 1)) < tasks; }
+    __device__ void find(int task) {
+        task = min(task, tasks - 1);
+        sequence = Divide(share.count)(task);
+        own = task - sequence * share.count, channel = share.first + own;
+        slot = b.p.slots[sequence];
+        place = channel * b.p.states;
+    }
+    __device__ float *state() const { return phase.state + int64_t(slot) * b.p.channels * b.p.states + place; }
+    __device__ void load_found(Early &early) {
+        Part part(b.p.states, lane, halves);
+        part.load(early, phase.a + place);
+#pragma unroll
+        for (int i = 0; i < 2 * NUMBERS; ++i) early[2 * NUMBERS + i] = 0.0f;
+        if (slot >= 0) part.load(early + 2 * NUMBERS, state());
+        early[4 * NUMBERS] = phase.dt_bias[channel], early[4 * NUMBERS + 1] = phase.d[channel];
+    }
+    __device__ void load(Early &early) {
+        if (!has(group)) return;
+        find(group);
+        load_found(early);
+    }
+    // The norms of what was selected.
+    __device__ void norms() {
+        const Step &p = b.p;
+        int lane = lane_of();
+#pragma unroll 1
+        for (int task = warp_of(); task < p.rows * 3; task += WARPS) {
+            int kind = task % 3, size = kind ? p.states : p.rank;
+            E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch) + (kind ? p.rank + (kind - 1) * p.states : 0);
+            float sum = 0.0f;
+#pragma unroll 1
+            for (int i = lane; i < size; i += LANES) sum = fmaf(widen(x[i]), widen(x[i]), sum);
+            float scale = 1.0f / sqrtf(warp_sum(sum) / size + p.inner_eps);
+            const float *weight = phase.inner[kind];
+#pragma unroll 1
+            for (int i = lane; i < size; i += LANES) {
+                E n = narrow<E>(widen(x[i]) * scale);
+                x[i] = weight ? narrow<E>(widen(n) * weight[i]) : n;
+            }
+        }
+        meet();
+    }
+    __device__ void leave_selected() {
+        int width = b.p.rank + 2 * b.p.states;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < b.p.rows * width; i += THREADS)
+            static_cast<E *>(b.p.drafts[phase.layer].selected)[i] =
+                reinterpret_cast<E *>(b.selected + i / width * b.selected_pitch)[i % width];
+    }
+    __device__ void run(Early &early) {
+        const Step &p = b.p;
+        Part part(p.states, lane, halves);
+#pragma unroll 1
+        for (int task = group; has(task); task += THREADS >> bits) {
+            find(task);
+            if (task >= THREADS >> bits) load_found(early);
+            bool live = task < tasks;
+            float *a = early, *h = early + 2 * NUMBERS, bias = early[4 * NUMBERS], skip = early[4 * NUMBERS + 1];
+#pragma unroll 1
+            for (int t = 0; t < p.tokens; ++t) {
+                int row = sequence * p.tokens + t, at = row * p.own_channels + own;
+                E delta = narrow<E>(sum_of(share, b.place_of_sum(own, row)));
+                float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
+                const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (half >= halves) break;
+#pragma unroll
+                    for (int k = 0; k < NUMBERS; ++k) {
+                        // a lane's numbers behind the end have nothing to do with what lies there
+                        int n = part.first(half) + k, i = half * NUMBERS + k;
+                        bool own = n < p.states;
+                        float into = widen(in[own ? n : 0]), out = widen(in[own ? p.states + n : 0]);
+                        h[i] = fmaf(exp2_fast(dt * (a[i] * LOG2E)), h[i], own ? dt * u * into : 0.0f);
+                        y = fmaf(h[i], out, y);
+                    }
+                }
+#pragma unroll 1
+                for (int lanes = split / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
+                y = slot < 0 ? 0.0f : fmaf(skip, u, y) * silu(b.own_z[at]);
+                float next = __shfl_down_sync(~0u, y, split);
+                if (!live || lane > 0) continue;
+                int64_t to = int64_t(row) * p.channels + channel;
+                if (own % PACK<E> == 0) p.copies.publish(p.y + to / PACK<E>, pack(narrow<E>(y), narrow<E>(next)), b.mark);
+                if (!p.keep) static_cast<E *>(p.drafts[phase.layer].delta)[to] = delta;
+            }
+            if (live && slot >= 0 && p.keep) part.store(state(), h);
+        }
+    }
+};
+
+// What becomes of a phase's products, those of STATE aside. Whole warps, for words of two lanes.
+template <typename E, bool MANY>
+__device__ void mix(Block<E, MANY> &b, const Phase &phase, const Share &share, const Task &task, Early &early, float *place) {
+    const Step &p = b.p;
+    Filter filter(early, p);
+    int own = task.row * p.own_channels + task.own, at = task.row * p.channels + task.output;
+#pragma unroll 1
+    for (int t = 0; t < p.tokens; ++t, own += p.own_channels, at += p.channels) {
+        E x = narrow<E>(task.value(share, t)), y = x;
+        float u = widen(x);
+        if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
+        E next = narrow<E>(__shfl_down_sync(~0u, u, 1));
+        if (!task.live) continue;
+        if (task.segment == 0 && task.own % PACK<E> == 0) p.copies.publish(p.u + at / PACK<E>, pack(y, next), b.mark);
+        (task.segment ? b.own_z : b.own_u)[own] = widen(y);
+        if (p.keep || task.segment) continue;
+        static_cast<E *>(p.drafts[phase.layer].x)[at] = x;
+        static_cast<E *>(p.drafts[phase.layer].u)[at] = y;
+    }
+    if (place && p.keep) filter.store(place);
+}
+template <typename E, bool MANY> __device__ void select(Block<E, MANY> &b, const Share &share, const Task &task) {
+    int words = words_of<E>(share.outputs), w = task.output / PACK<E>;
+#pragma unroll 1
+    for (int t = 0; t < b.p.tokens; ++t) {
+        float value = task.value(share, t), next = __shfl_down_sync(~0u, value, 1);
+        Word *row = b.p.selected + (task.row + t) * words;
+        if (!task.live) continue;
+        if (task.own % PACK<E> == 0) b.p.copies.publish(row + w, pack(narrow<E>(value), narrow<E>(next)), b.mark);
+        // the word that makes a pair of the last one
+        if (w + 2 == words && task.output + 1 == share.outputs) b.p.copies.publish(row + w + 1, 0, b.mark);
+    }
+}
+template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task &task) {
+    const Step &p = b.p;
+    if (!task.live) return;
+#pragma unroll 1
+    for (int t = 0; t < p.tokens; ++t) {
+        float *own = b.own_stream + (task.row + t) * p.own_hidden + task.own;
+        float sum = *own + widen(narrow<E>(task.value(share, t)));
+        if (!p.wide) sum = widen(narrow<E>(sum));
+        p.copies.publish(p.stream + (task.row + t) * p.hidden + task.output, __float_as_uint(sum), b.mark);
+        *own = sum;
+    }
+}
+template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const Share &share, const Task &task) {
+    const Step &p = b.p;
+    if (!task.live) return;
+#pragma unroll 1
+    for (int t = 0; t < p.tokens; ++t)
+        static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
+}
+
+constexpr int HINTS = 6;
+// A layer ahead, a part for each warp: what the phase reads beside its weights.
+template <typename E> __device__ void hints(const Step &p, const Phase &phase, const Share &share, int warp) {
+    int sequences = 1, each = 0;
+    const void *from = nullptr;
+    bool mix = phase.kind == MIX, state = phase.kind == STATE;
+    if (warp == 0) {
+        from = phase.bias, each = sizeof(E);
+    } else if (warp == 1) {
+        if (mix && phase.bias) from = static_cast<const E *>(phase.bias) + p.channels, each = sizeof(E);
+        if (state) from = phase.a, each = p.states * sizeof(float);
+    } else if (warp == 2) {
+        if (mix) from = phase.taps, each = p.filter * sizeof(float);
+        if (state) from = phase.d, each = sizeof(float);
+    } else if (warp == 3) {
+        if (mix) from = phase.shift, each = sizeof(float);
+        if (state) from = phase.dt_bias, each = sizeof(float);
+    } else if (warp == 4) {
+        sequences = p.rows / p.tokens;
+        if (mix) from = phase.window, each = (p.filter - 1) * sizeof(float);
+        if (state) from = phase.state, each = p.states * sizeof(float);
+    } else if (warp == 5 && (mix || phase.kind == HEAD)) {
+        hint(phase.norm.weight, p.hidden * sizeof(float));
+    }
+    if (!from || share.count == 0) return;
+#pragma unroll 1
+    for (int s = 0; s < sequences; ++s) {
+        int slot = warp == 4 ? p.slots[s] : 0;
+        if (slot >= 0)
+            hint(static_cast<const char *>(from) + (int64_t(slot) * p.channels + share.first) * each, share.count * each);
+    }
+}
