@@ -132,7 +132,8 @@ template <typename E, bool MANY> struct Recurrence {
 #pragma unroll 1
         for (int task = warp_of(); task < p.rows * 3; task += WARPS) {
             int kind = task % 3, size = kind ? p.states : p.rank;
-            E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch) + (kind ? p.rank + (kind - 1) * p.states : 0);
+            E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch);
+            x += kind ? p.rank + (kind - 1) * p.states : 0;
             float sum = 0.0f;
 #pragma unroll 1
             for (int i = lane; i < size; i += LANES) sum = fmaf(widen(x[i]), widen(x[i]), sum);

@@ -102,8 +102,8 @@ template <typename E, bool MANY> struct Block {
         int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
         pitch = pitch_of(share.groups);
         if (rows.live)
-            receive<WORDS>(phase.from + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs, min(pairs, row_pairs - first),
-                    mark - 1, x + rows.own * pitch);
+            receive<WORDS>(phase.from + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
+                           min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch);
         __syncwarp();
     }
     // What was selected, for all warps.
