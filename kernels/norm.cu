@@ -50,7 +50,7 @@ template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team 
     __device__ int place(int i) const { return (i * SIZE + member) * WIDTH; }
 
     template <typename T> __device__ T *at(const Rows &r, int64_t row, int i) const {
-        int64_t outer = row / p.inner, inner = row - outer * p.inner;
+        int outer = int(row) / p.inner, inner = int(row) - outer * p.inner; // rows fit an int
         return static_cast<T *>(r.data) + outer * r.outer_step + inner * r.inner_step + first + place(i);
     }
     template <typename T> __device__ void load(Values &to, const Rows &r, int64_t row) const {

@@ -5,36 +5,20 @@
 // again into registers, and the gradient of the state is carried back through them:
 //     dh_t = C_t g_t + carry      carry = 2^(a delta_t) dh_t
 //     dC += g_t h_t    dB += delta_t u_t dh_t    du, ddelta, dA from dh_t, carry and h_(t-1)
-// Shares of dB and dC are added up over a warp's channels and those of y, du and ddelta over the parts of a state through
+// Shares of dB and dC are added up over a warp's channels and those of du and ddelta over the parts of a state through
 // shared memory, then over the warps, and in selective_scan_coefficients over blocks: always in one order, no atomics.
+// What dz needs of y forward has kept, of the sequences' type: what that loses is what dz loses by its own rounding.
 //
-// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 75 KB of shared memory (f32: 90), 168
-// registers (198), no spills: 3 blocks (2) a multiprocessor.
-// Bytes: u, delta, z, dy, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a token
-// and block for dB and dC written.
-// One H100, N 16, bf16, with everything around it: 130m 0.87 ms, 1.4b 2.06, 2.8b-8k 2.76, short 0.59. ncu (1.4b): 32
-// instructions a number of the state, 18 of them in the walk back; IPC 2.2, FMA 33% busy, special functions 30%, shared
-// memory 70%, DRAM 21%: latency of shared memory binds, with 12 warps a multiprocessor. Sums over channels by the tensor
-// cores (numbers in two parts) took 39 instructions and were slower; eight numbers in a lane spill.
-// Faster still: y kept by forward, and finishing and preparing tiles in warps of their own.
-#include "common/scan_prepare.cuh"
-#include "common/scan_sums.cuh"
-
-constexpr int WARPS = THREADS / LANES;
-template <typename E, typename F> struct BackwardMemory {
-    using T = Tile<E, F>;
-    E u[2][T::SIZE], z[2][T::SIZE], dy[2][T::SIZE], delta[T::SIZE];
-    E raw_b[CoefficientTile<E, F>::RAW], raw_c[CoefficientTile<E, F>::RAW];
-    float inputs[Inputs<F>::SIZE]; // then, in the place of delta u: dx
-    float gradients[T::SIZE];      // dy times SiLU(z), then y
-    float dstep[T::SIZE];
-    float b[F::TILE * F::WIDTH], c[F::TILE * F::WIDTH];
-    float4 saved[F::TILE / MICRO - 1][F::PER * F::STATES / 4][THREADS];
-    Sums<F> own[WARPS];
-    float sums[WARPS][F::TILE][2 * F::WIDTH];
-    float bias[F::CHANNELS], skip[F::CHANNELS];
-    uint8_t marks[F::TILE];
-};
+// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 74 KB of shared memory (f32: 91), 168
+// registers (222), no spills: 3 blocks (2) a multiprocessor, before Hopper 2.
+// Bytes: u, delta, z, dy, y, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a
+// token and block for dB and dC written.
+// One H100, N 16, bf16, with everything around it: 130m 0.72 ms, 1.4b 1.70, 2.8b-8k 2.38, 2.8b-64k 9.4, 130m-256k 10.0,
+// short 0.50. ncu (1.4b): 28 instructions a number of the state, 17 of them in the walk back; IPC 2.3, FMA 33% busy,
+// special functions 34%, shared memory 62%, DRAM 21%: latency of shared memory binds, with 12 warps a multiprocessor. Sums
+// over channels by the tensor cores (numbers in two parts) took 39 instructions and were slower; eight numbers in a lane
+// spill. Faster still: sums of one batch of tokens while the next is computed, for which there is no shared memory left.
+#include "common/scan_back.cuh"
 
 template <typename E, typename F> struct Backward {
     using T = Tile<E, F>;
@@ -54,12 +38,12 @@ template <typename E, typename F> struct Backward {
 
     // Moves h over token t; gives the decays, zero where a sequence begins.
     template <bool RESETS>
-    static __device__ __forceinline__ void advance(const Memory &m, const Places &at, States &h, States &decay,
+    static __device__ __forceinline__ void advance(const uint8_t *marks, const Places &at, States &h, States &decay,
                                                    const States &a, int t) {
         float bt[STATES], in[2 * PER];
         load_floats(bt, at.b + t * WIDTH);
         load_floats(in, at.inputs + t * Inputs<F>::TOKEN);
-        bool reset = RESETS && m.marks[t] == START;
+        bool reset = RESETS && marks[t] == START;
 #pragma unroll
         for (int k = 0; k < PER; ++k)
 #pragma unroll
@@ -107,15 +91,14 @@ template <typename E, typename F> struct Backward {
         }
     }
 
-    // Puts y, dx and dstep of a token and owner to their places.
-    static __device__ __forceinline__ void put(Memory &m, int token, int owner, const float (&y)[PER],
-                                               const float (&dx)[PER], const float (&dstep)[PER]) {
-        store_floats(m.gradients + token * F::CHANNELS + spot(owner * PER), y);
+    // Puts dx and dstep of a token and owner to their places.
+    static __device__ __forceinline__ void put(Memory &m, int token, int owner, const float (&dx)[PER],
+                                               const float (&dstep)[PER]) {
         store_floats(m.inputs + token * Inputs<F>::TOKEN + Inputs<F>::place(owner) + PER, dx);
-        store_floats(m.dstep + token * F::CHANNELS + spot(owner * PER), dstep);
+        store_floats(m.dstep + token * Memory::ROW + spot(owner * PER), dstep);
     }
 
-    // Sums y, dx and dstep of MICRO tokens over the parts.
+    // Sums dx and dstep of MICRO tokens over the parts.
     static __device__ __forceinline__ void sum_parts(Memory &m, int warp, int token) {
         using S = Sums<F>;
         if constexpr (SPLIT > 1) {
@@ -135,7 +118,7 @@ template <typename E, typename F> struct Backward {
 #pragma unroll
                         for (int k = 0; k < PER; ++k) sums[kind][k] += share[k];
                     }
-                put(m, token + t, warp * S::OWNERS + owner, sums[0], sums[1], sums[2]);
+                put(m, token + t, warp * S::OWNERS + owner, sums[0], sums[1]);
             }
         }
     }
@@ -143,7 +126,7 @@ template <typename E, typename F> struct Backward {
     // Back through one tile: carry, da and the tile's slots take the results.
     template <bool RESETS>
     static __device__ __forceinline__ void walk(Memory &m, const Lane<F> &lane, const Places &at, const States &a,
-                                                States &h, States &carry, States &da) {
+                                                States &h, States &carry, States &da, const uint8_t *marks) {
         using S = Sums<F>;
         int warp = threadIdx.x / LANES, owner = threadIdx.x % F::OWNERS;
         auto &own = m.own[warp];
@@ -152,7 +135,7 @@ template <typename E, typename F> struct Backward {
 #pragma unroll MICRO
             for (int t = 0; t < TILE - MICRO; ++t) {
                 if (t % MICRO == 0) save(m, t / MICRO, h);
-                advance<RESETS>(m, at, h, decay, a, t);
+                advance<RESETS>(marks, at, h, decay, a, t);
             }
         }
 #pragma unroll 1
@@ -165,7 +148,7 @@ template <typename E, typename F> struct Backward {
                 for (int k = 0; k < PER; ++k)
 #pragma unroll
                     for (int j = 0; j < STATES; ++j) before[i][k][j] = h[k][j];
-                advance<RESETS>(m, at, h, decay[i], a, group * MICRO + i);
+                advance<RESETS>(marks, at, h, decay[i], a, group * MICRO + i);
             }
 #pragma unroll
             for (int i = MICRO - 1; i >= 0; --i) {
@@ -174,8 +157,8 @@ template <typename E, typename F> struct Backward {
                 load_floats(bt, at.b + t * WIDTH);
                 load_floats(ct, at.c + t * WIDTH);
                 load_floats(in, at.inputs + t * Inputs<F>::TOKEN);
-                load_floats(g, at.gradients + t * F::CHANNELS);
-                float dx[PER] = {}, dstep[PER] = {}, y[PER] = {}, db[STATES], dc[STATES];
+                load_floats(g, at.gradients + t * Memory::ROW);
+                float dx[PER] = {}, dstep[PER] = {}, db[STATES], dc[STATES];
 #pragma unroll
                 for (int j = 0; j < STATES; ++j)
 #pragma unroll
@@ -184,7 +167,6 @@ template <typename E, typename F> struct Backward {
                         float dh = fmaf(ct[j], g[k], carry[k][j]);
                         dc[j] = k ? fmaf(g[k], now, dc[j]) : g[k] * now;
                         db[j] = k ? fmaf(dh, in[PER + k], db[j]) : dh * in[PER + k];
-                        y[k] = fmaf(ct[j], now, y[k]);
                         dx[k] = fmaf(dh, bt[j], dx[k]);
                         carry[k][j] = dh * decay[i][k][j];
                         float q = carry[k][j] * before[i][k][j];
@@ -193,11 +175,10 @@ template <typename E, typename F> struct Backward {
                     }
                 if constexpr (SPLIT > 1) {
                     float *parts = own.parts + i * S::TOKEN + S::part_place(i, lane.part, owner);
-                    store_floats(parts, y);
-                    store_floats(parts + S::KIND, dx);
-                    store_floats(parts + 2 * S::KIND, dstep);
+                    store_floats(parts, dx);
+                    store_floats(parts + S::KIND, dstep);
                 } else {
-                    put(m, t, lane.own, y, dx, dstep);
+                    put(m, t, lane.own, dx, dstep);
                 }
                 float *shares = own.channels[i % BATCH];
 #pragma unroll
@@ -218,10 +199,25 @@ template <typename E, typename F> struct Backward {
         }
     }
 
+    // The block's shares of dB and dC of `left` tokens, over its warps in their order.
+    template <bool WHOLE> static __device__ __forceinline__ void sum_warps(const Memory &m, float *to, int n, int left) {
+        int width = WHOLE ? WIDTH : n, first = threadIdx.x / LANES;
+#pragma unroll
+        for (int k = threadIdx.x % LANES; k < 2 * width; k += LANES) {
+            int place = k < width ? k : WIDTH + k - width;
+#pragma unroll
+            for (int token = first; token < TILE + first; token += WARPS) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int w = 0; w < WARPS; ++w) sum += m.sums[w][token][place];
+                if (WHOLE || token < left) to[token * 2 * width + k] = sum;
+            }
+        }
+    }
+
     static __device__ void run(const Scan &p) {
         extern __shared__ __align__(16) char bytes[];
         Memory &m = *reinterpret_cast<Memory *>(bytes);
-        constexpr int OWN = (F::CHANNELS + THREADS - 1) / THREADS;
         Place<F> at(p);
         Lane<F> lane(at);
         int n = p.states;
@@ -233,142 +229,93 @@ template <typename E, typename F> struct Backward {
             lane.load(carry, p.carried + chunk * row_states, n, 1.0f);
         else if (p.initial)
             lane.load(carry, p.initial + at.row * row_states, n, 1.0f);
+        for (int i = threadIdx.x; i < 2 * F::CHANNELS; i += THREADS) m.totals[i] = 0.0f;
         for (int c = threadIdx.x; c < F::CHANNELS; c += THREADS) {
             m.bias[c] = p.bias && c < at.count ? p.bias[at.first + c] : 0.0f;
             m.skip[c] = p.d && c < at.count ? p.d[at.first + c] : 0.0f;
         }
         T own(at);
         Places places(m, lane);
-        int start = at.begin + (at.end - at.begin - 1) / TILE * TILE, buffer = 0;
-        CoefficientTile<E, F> b(p.b, at, n, p.aligned_coefficients, 0), c(p.c, at, n, p.aligned_coefficients, 1);
+        int start = at.begin + (at.end - at.begin - 1) / TILE * TILE, buffer = 0, turn = 0;
+        Walker<E, F> u(p.u, at, own, start), delta(p.delta, at, own, start);
+        Walker<E, F> z(p.z, at, own, start), dy(p.dy, at, own, start);
+        Coefficients<E, F, 2> coefficients(p.b, p.c, at, start, n, p.aligned_coefficients);
+        // whether tiles are whole, but for their tokens
+        bool whole = SPLIT == 4 && T::PACKS >= THREADS && p.aligned && at.count == F::CHANNELS && coefficients.whole &&
+                     p.softplus && p.z.data && !p.marks;
         // What is used up while a tile is prepared has one buffer: a thread asks for what it has just read itself.
-        auto fetch = [&](int buffer, int start) {
-            auto ask = [&](E *tile, const Sequence &s) {
-                Walker<E, F>(s, at, own, start).fetch(tile, at, own, at.end - start, p.aligned);
-            };
-            ask(m.u[buffer], p.u);
-            ask(m.delta, p.delta);
-            if (p.z.data) ask(m.z[buffer], p.z);
-            ask(m.dy[buffer], p.dy);
-            b.fetch(m.raw_b, at, start);
-            c.fetch(m.raw_c, at, start);
-            commit_copies();
+        auto fetch = [&](int buffer, uint8_t *marks, int start) {
+            int left = at.end - start;
+            if (whole && left >= TILE) {
+                u.fetch(m.u[buffer]), delta.fetch(m.delta), dy.fetch(m.dy[buffer]);
+                coefficients.template fetch<true>(m.raw, left);
+                z.fetch(m.z[buffer]);
+            } else {
+                u.fetch(m.u[buffer], at, own, left, p.aligned);
+                delta.fetch(m.delta, at, own, left, p.aligned);
+                dy.fetch(m.dy[buffer], at, own, left, p.aligned);
+                if (p.z.data) z.fetch(m.z[buffer], at, own, left, p.aligned);
+                coefficients.template fetch<false>(m.raw, left);
+                load_marks(p, at, marks, start);
+            }
+            u.move(p.u, -1), delta.move(p.delta, -1), z.move(p.z, -1), dy.move(p.dy, -1), coefficients.move(-1);
         };
-        float dd[OWN] = {}, dbias[OWN] = {};
-        fetch(0, start);
+        const float *kept = p.kept + (at.row * tiles + start / TILE) * row_states;
+        fetch(0, m.marks[0], start);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
         for (; start >= at.begin; start -= TILE, buffer ^= 1) {
-            lane.load(h, p.kept + (at.row * tiles + start / TILE) * row_states, n, 1.0f);
-            load_marks(p, at, m.marks, start);
-            wait_copies<0>();
-            __syncthreads();
-            b.widen_tile(m.b, m.raw_b, at, start);
-            c.widen_tile(m.c, m.raw_c, at, start);
-            prepare<E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients, m.bias,
-                          m.marks, start);
-            if (start > at.begin) fetch(buffer ^ 1, start - TILE);
+            const uint8_t *marks = m.marks[turn];
+            turn = turn < 2 ? turn + 1 : 0;
+            bool all = whole && start + TILE <= at.end;
+            lane.load(h, kept, n, 1.0f), kept -= row_states;
+            if (all) {
+                coefficients.template widen_tile<true>(m.b, m.raw, p.b, p.c, at, start);
+                prepare<true, E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients,
+                                    m.bias, marks, start);
+            } else {
+                coefficients.template widen_tile<false>(m.b, m.raw, p.b, p.c, at, start);
+                prepare<false, E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients,
+                                     m.bias, marks, start);
+            }
+            // y is not needed before the tile is finished
+            if (Memory::ROOM && p.z.data)
+                Walker<E, F>(p.ungated, p.du, at, own, start).fetch(m.y, at, own, at.end - start, p.aligned);
+            if (start > at.begin) fetch(buffer ^ 1, m.marks[turn], start - TILE);
+            commit_copies();
             __syncthreads();
             if (p.marks)
-                walk<true>(m, lane, places, a, h, carry, da);
+                walk<true>(m, lane, places, a, h, carry, da, marks);
             else
-                walk<false>(m, lane, places, a, h, carry, da);
+                walk<false>(m, lane, places, a, h, carry, da, marks);
+            wait_copies<0>();
             __syncthreads();
-            finish(p, m, at, own, buffer, start);
-            // the block's shares of dB and dC, over its warps in their order
+            if (all)
+                finish<true, E, F>(p, m, at, own, buffer, marks, start);
+            else
+                finish<false, E, F>(p, m, at, own, buffer, marks, start);
             float *sums = p.sums + ((int64_t(blockIdx.x) * p.batch + at.row) * p.length + start) * 2 * n;
-            for (int k = threadIdx.x % LANES; k < 2 * n; k += LANES) {
-                int place = k < n ? k : WIDTH + k - n, first = threadIdx.x / LANES, left = at.end - start;
-#pragma unroll
-                for (int token = first; token < TILE + first; token += WARPS) {
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int w = 0; w < WARPS; ++w) sum += m.sums[w][token][place];
-                    if (token < left) sums[token * 2 * n + k] = sum;
-                }
-            }
+            if (all)
+                sum_warps<true>(m, sums, n, TILE);
+            else
+                sum_warps<false>(m, sums, n, at.end - start);
             __syncthreads();
-#pragma unroll
-            for (int k = 0; k < OWN; ++k) {
-                int c = threadIdx.x + k * THREADS;
-                if (c < at.count)
-#pragma unroll
-                    for (int t = 0; t < TILE; ++t) {
-                        dbias[k] += m.dstep[t * F::CHANNELS + spot(c)];
-                        dd[k] += m.gradients[t * F::CHANNELS + spot(c)];
-                    }
+            for (int i = threadIdx.x; i < 2 * F::CHANNELS; i += THREADS) {
+                const float *shares = (i < F::CHANNELS ? m.dstep : m.dd()) + spot(i % F::CHANNELS);
+                float sum = m.totals[i];
+#pragma unroll 4
+                for (int t = 0; t < TILE; ++t) sum += shares[t * Memory::ROW];
+                m.totals[i] = sum;
             }
+            if (!Memory::ROOM) __syncthreads();
         }
         if (at.chunk == 0 && p.state) lane.store(p.state + at.row * row_states, carry, n);
         lane.store(p.da + chunk * row_states, da, n);
-#pragma unroll
-        for (int k = 0; k < OWN; ++k) {
-            int c = threadIdx.x + k * THREADS;
-            if (c < at.count) {
-                p.dbias[chunk * p.channels + at.first + c] = dbias[k];
-                p.dd[chunk * p.channels + at.first + c] = dd[k];
-            }
-        }
-    }
-
-    // The tile's gradients of the sequences; leaves those of bias and skip weight, by token, in dstep and gradients.
-    static __device__ __forceinline__ void finish(const Scan &p, Memory &m, const Place<F> &at, const T &own, int buffer,
-                                                  int start) {
-        constexpr int W = T::WIDTH;
-        Walker<E, F> to_u(p.du, at, own, start), to_delta(p.ddelta, at, own, start), to_z(p.dz, at, own, start);
-        float skip[W];
-        load_floats(skip, m.skip + own.channel);
-#pragma unroll
-        for (int v = 0; v < T::OWN; ++v) {
-            if (!own.has(v)) break;
-            int token = own.token + v * T::ROWS;
-            float *steps = m.dstep + token * F::CHANNELS, *gradients = m.gradients + token * F::CHANNELS;
-            bool inside = own.live && start + token < at.end;
-            bool live = inside && !(p.marks && m.marks[token] == PAD);
-            typename T::Elements out, du;
-            float dstep[W] = {}, dd[W] = {};
-            if (!live) {
-#pragma unroll
-                for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(0.0f);
-                store_swizzled(steps, own.channel, dstep);
-                store_swizzled(gradients, own.channel, dd);
-                if (inside) {
-                    to_u.store(at, own, v, out, p.aligned);
-                    to_delta.store(at, own, v, out, p.aligned);
-                    if (p.z.data) to_z.store(at, own, v, out, p.aligned);
-                }
-                continue;
-            }
-            auto uv = T::get(m.u[buffer], v), gv = T::get(m.dy[buffer], v);
-            float g[W], mixed[2 * W];
-            load_swizzled(mixed, m.inputs + token * Inputs<F>::TOKEN, 2 * own.channel);
-#pragma unroll
-            for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
-            if (p.z.data) {
-                auto zv = T::get(m.z[buffer], v);
-                float y[W];
-                load_swizzled(y, gradients, own.channel);
-#pragma unroll
-                for (int k = 0; k < W; ++k) {
-                    float z = widen(zv.at[k]), s = sigmoid(z);
-                    out.at[k] = narrow<E>(g[k] * fmaf(skip[k], widen(uv.at[k]), y[k]) * silu_slope(z, s));
-                    g[k] *= z * s;
-                }
-                to_z.store(at, own, v, out, p.aligned);
-            }
-            load_swizzled(dstep, steps, own.channel);
-#pragma unroll
-            for (int k = 0; k < W; ++k) {
-                int place = Inputs<F>::mixed(k);
-                float u = widen(uv.at[k]), step = mixed[place], dx = mixed[place + PER];
-                dstep[k] = fmaf(u, dx, LN2 * dstep[k]);
-                if (p.softplus) dstep[k] *= softplus_slope<E>(step);
-                out.at[k] = narrow<E>(dstep[k]);
-                du.at[k] = narrow<E>(fmaf(skip[k], g[k], step * dx));
-                dd[k] = g[k] * u;
-            }
-            store_swizzled(steps, own.channel, dstep);
-            store_swizzled(gradients, own.channel, dd);
-            to_delta.store(at, own, v, out, p.aligned);
-            to_u.store(at, own, v, du, p.aligned);
+        // every thread gives what it has summed up itself
+        for (int i = threadIdx.x; i < 2 * F::CHANNELS; i += THREADS) {
+            int c = i % F::CHANNELS;
+            if (c < at.count) (i < F::CHANNELS ? p.dbias : p.dd)[chunk * p.channels + at.first + c] = m.totals[i];
         }
     }
 };
@@ -383,6 +330,12 @@ template <typename E, typename F> __device__ void backward(const Scan &p) { Back
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 16)                                      \
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 32)                                      \
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, 2, E, 1, 8, 32)
+// Shared memory holds three blocks from Hopper on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SHORT_BLOCKS 2
+#else
+#define SHORT_BLOCKS 3
+#endif
 BACKWARD(float, 2)
-BACKWARD(bf16, 3)
-BACKWARD(f16, 3)
+BACKWARD(bf16, SHORT_BLOCKS)
+BACKWARD(f16, SHORT_BLOCKS)

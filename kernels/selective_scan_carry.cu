@@ -2,16 +2,16 @@
 //
 // selective_scan_summary / back_summary: grid as the scan's, without the chunk that hands nothing on. A chunk's own
 // contribution to the state behind it is a sum over its tokens with weights 2^(a R), R the steps in between: it is taken
-// from the chunk's end, and ends early once every weight of the block is below 2^-NEGLIGIBLE. Where states decay within a
-// hundred tokens it costs little, at worst as many exponentials as the scan itself (0.7 of its time). No spills for N = 16;
-// one tile ahead by asynchronous copies, one barrier a tile.
+// from the chunk's end, and ends early: a warp does once all its weights are below 2^-NEGLIGIBLE, a block once its warps
+// have. Where states decay within a hundred tokens it costs little, at worst nearly as much as the scan itself. The slowest
+// channel of a block decides, at some 45 ns a token. No spills; one tile ahead by asynchronous copies, one barrier a tile.
 // selective_scan_carry: one thread a number of the state goes through the chunks in order, 8 loads ahead.
 // The rest adds up shares in a fixed order. All of these are bound by memory.
 #include "common/scan_prepare.cuh"
 
 template <typename E, typename F> struct SummaryMemory {
     using T = Tile<E, F>;
-    E delta[T::SIZE], x[T::SIZE], z[T::SIZE], raw[CoefficientTile<E, F>::RAW];
+    E delta[T::SIZE], x[T::SIZE], z[T::SIZE], raw[Coefficients<E, F, 1>::RAW];
     float inputs[2][Inputs<F>::SIZE], coefficient[2][F::TILE * F::WIDTH], bias[F::CHANNELS];
     uint8_t marks[3][F::TILE];
 };
@@ -40,41 +40,53 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
     }
     load_bias(p, at, m.bias);
     T own(at);
-    bool aligned = F::PER == 1 || p.aligned; // as forward
-    CoefficientTile<E, F> coefficient(FORWARD ? p.b : p.c, at, n, p.aligned_coefficients, 0);
+    bool aligned = (FORWARD && STATES == 4) || p.aligned; // as the kernels that follow
     int tiles = (at.end - at.begin + TILE - 1) / TILE;
     auto beginning = [&](int i) { return at.begin + (FORWARD ? tiles - 1 - i : i) * TILE; };
     const Sequence &sequence = FORWARD ? p.u : p.dy;
+    const Coefficient &read = FORWARD ? p.b : p.c;
+    Coefficients<E, F, 1> coefficient(read, read, at, beginning(0), n, p.aligned_coefficients);
     Walker<E, F> delta(p.delta, at, own, beginning(0)), x(sequence, at, own, beginning(0)), z(p.z, at, own, beginning(0));
+    // whether tiles are whole, but for their tokens
+    bool whole = STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficient.whole &&
+                 p.softplus && (FORWARD || p.z.data) && !p.marks;
     // One buffer does: a thread asks for what it has just read itself.
     auto fetch = [&](int start) {
         constexpr int NEXT = FORWARD ? -1 : 1;
-        delta.fetch(m.delta, at, own, at.end - start, aligned), delta.move(p.delta, NEXT);
-        x.fetch(m.x, at, own, at.end - start, aligned), x.move(sequence, NEXT);
-        if (!FORWARD && p.z.data) z.fetch(m.z, at, own, at.end - start, aligned), z.move(p.z, NEXT);
-        coefficient.fetch(m.raw, at, start);
+        int left = at.end - start;
+        if (whole && left >= TILE) {
+            delta.fetch(m.delta), x.fetch(m.x), coefficient.template fetch<true>(m.raw, left);
+            if (!FORWARD) z.fetch(m.z);
+        } else {
+            delta.fetch(m.delta, at, own, left, aligned);
+            x.fetch(m.x, at, own, left, aligned);
+            if (!FORWARD && p.z.data) z.fetch(m.z, at, own, left, aligned);
+            coefficient.template fetch<false>(m.raw, left);
+        }
         commit_copies();
+        delta.move(p.delta, NEXT), x.move(sequence, NEXT), z.move(p.z, NEXT), coefficient.move(NEXT);
     };
     fetch(beginning(0));
-    bool found = load_marks(p, at, m.marks[0], beginning(0)), reset = false, over = false;
+    bool found = load_marks(p, at, m.marks[0], beginning(0)), reset = false, over = false, idle = false;
     __syncthreads();
     // A tile has one barrier, so slow warps may still walk through the tile before: what they read has other buffers.
     for (int i = 0; i < tiles; ++i) {
         int start = beginning(i), buffer = i % 2;
         uint8_t *marks = m.marks[i % 3];
         wait_copies<0>();
-        coefficient.widen_tile(m.coefficient[buffer], m.raw, at, start);
-        prepare<E, F>(p, at, own, FORWARD ? m.x : nullptr, m.delta, m.z, FORWARD ? nullptr : m.x, m.inputs[buffer], nullptr,
-                      m.bias, marks, start);
+        const E *u = FORWARD ? m.x : nullptr, *dy = FORWARD ? nullptr : m.x;
+        if (whole && start + TILE <= at.end) {
+            coefficient.template widen_tile<true>(m.coefficient[buffer], m.raw, read, read, at, start);
+            prepare<true, E, F>(p, at, own, u, m.delta, m.z, dy, m.inputs[buffer], nullptr, m.bias, marks, start);
+        } else {
+            coefficient.template widen_tile<false>(m.coefficient[buffer], m.raw, read, read, at, start);
+            prepare<false, E, F>(p, at, own, u, m.delta, m.z, dy, m.inputs[buffer], nullptr, m.bias, marks, start);
+        }
         bool here = found;
         if (i + 1 < tiles) fetch(beginning(i + 1)), found = load_marks(p, at, m.marks[(i + 1) % 3], beginning(i + 1));
         if (__syncthreads_and(over)) break;
         if (p.marks) reset = __syncthreads_or(here);
-#pragma unroll 4
-        for (int j = 0; j < TILE; ++j) {
-            int t = FORWARD ? TILE - 1 - j : j;
-            bool first = reset && marks[t] == START;
-            if (!FORWARD && first) break;
+        auto use = [&](int t) {
             float ct[STATES], in[2 * PER];
             load_floats(in, m.inputs[buffer] + t * Inputs<F>::TOKEN + Inputs<F>::place(lane.own));
             load_floats(ct, m.coefficient[buffer] + t * F::WIDTH + lane.part * STATES);
@@ -85,12 +97,24 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
                 for (int s = 0; s < STATES; ++s) h[k][s] = fmaf(exp2_fast(sum[k] * a[k][s]), in[PER + k] * ct[s], h[k][s]);
                 if (FORWARD) sum[k] += in[k];
             }
-            if (FORWARD && first) break;
+        };
+        if (reset) {
+#pragma unroll 1
+            for (int j = 0; j < TILE; ++j) {
+                int t = FORWARD ? TILE - 1 - j : j;
+                if (!FORWARD && marks[t] == START) break;
+                use(t);
+                if (FORWARD && marks[t] == START) break;
+            }
+        } else if (!idle) { // a warp that is done waits for the block's others
+#pragma unroll 4
+            for (int j = 0; j < TILE; ++j) use(FORWARD ? TILE - 1 - j : j);
         }
         if (reset) break;
         over = true;
 #pragma unroll
-        for (int k = 0; k < PER; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE);
+        for (int k = 0; k < PER; ++k) over = over && (slowest[k] == -INFINITY || slowest[k] * sum[k] < -NEGLIGIBLE<E>);
+        idle = __all_sync(~0u, over);
     }
     wait_copies<0>();
     lane.store(p.carried + chunk * row_states, h, n);
@@ -190,15 +214,15 @@ template <typename E, typename F> __device__ void summary_back(const Scan &p) { 
 #define BACK(BLOCKS, E, P, N, S)                                                                                        \
     SCAN_KERNEL(selective_scan_back_summary, summary_back, SummaryMemory, BLOCKS, E, P, N, S)
 #define SUMMARIES(E)                                                                                                    \
-    FORWARD(6, E, 1, 4, 4)                                                                                              \
-    FORWARD(5, E, 2, 4, 4)                                                                                              \
-    FORWARD(3, E, 2, 8, 1)                                                                                              \
-    FORWARD(4, E, 2, 8, 2)                                                                                              \
+    FORWARD(4, E, 1, 4, 4)                                                                                              \
+    FORWARD(4, E, 2, 4, 4)                                                                                              \
+    FORWARD(2, E, 2, 8, 1)                                                                                              \
+    FORWARD(3, E, 2, 8, 2)                                                                                              \
     FORWARD(4, E, 2, 8, 4)                                                                                              \
     FORWARD(4, E, 2, 8, 8)                                                                                              \
     FORWARD(4, E, 2, 8, 16)                                                                                             \
     FORWARD(4, E, 2, 8, 32)                                                                                             \
-    BACK(5, E, 2, 4, 1)                                                                                                 \
+    BACK(4, E, 2, 4, 1)                                                                                                 \
     BACK(5, E, 2, 4, 2)                                                                                                 \
     BACK(5, E, 2, 4, 4)                                                                                                 \
     BACK(5, E, 2, 4, 8)                                                                                                 \

@@ -4,17 +4,23 @@
 // asynchronous copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the
 // tokens with its numbers of the state in registers; then skip weight, gate and store.
 //
-// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 45 KB, 92 registers, 5 blocks a
-// multiprocessor), two by four (64, 40 KB, 117, 4) or two by eight (128, 37 KB, 128, 4); no spills.
-// Bytes: u, delta, z, B, C read once, y written once, and for training 4 N bytes a channel and KEPT tokens of states.
+// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 46 KB, 112 registers, 4 blocks a
+// multiprocessor), two by four (64, 42 KB, 122, 4) or two by eight (128, 37 KB, 127, 4); no spills.
+// Bytes: u, delta, z, B, C read once, y written once; for training 4 N bytes a channel and KEPT tokens of states, and y
+// before the gate.
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
-// that of memory (8 B D L bytes in bf16 at 3.02 TB/s).
-// One H100, bf16, ms (share of the floor): 130m 0.212 (45%), 1.4b 0.480 (53%), 2.8b-8k 0.829 (39%), short 0.142 (53%).
-// ncu at 1.4b, two by four: 9.5 instructions a number of the state, 5.8 of them in the walk; IPC 2.5, special functions
-// 66% busy, FMA 36%, shared memory 62%, DRAM 33%. One by four: shared memory 78%, for what a lane reads serves one channel.
-// Where channels are few (130m, 2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
-// Exponentials by FMA polynomials would cost as many issue slots as they free, so there are none. Walking in some warps
-// while others prepare and finish, between the same barriers, took 17% more instructions and was slower.
+// that of memory (8 B D L bytes in bf16 at 3.02 TB/s). Softplus and gate add 3 to the 16, and the clock is 1.7 GHz, not
+// 1.98, while these run: 1.36 of that floor is what the special functions allow.
+// One H100, bf16, ms (share of the floor): 130m 0.182 (53%), 1.4b 0.444 (58%), 2.8b-8k 0.709 (45%), 2.8b-64k 2.82 (45%),
+// 130m-256k 3.11 (50%; 8 rows of 32768 tokens 2.83), short 0.138 (54%).
+// ncu: one by four 9.5 instructions a number of the state, 6.2 of them in the walk, two by four 8.9 and 5.7; IPC 2.6,
+// special functions 60% and 68% busy, shared memory 70% and 64%, DRAM 25%. Issue slots, special functions and shared memory
+// are each two thirds busy, with 12 to 16 warps: their latencies bind. Whole tiles ask no questions for that reason: half of
+// the instructions outside the walk were addresses, bounds and branches.
+// Where channels are few (2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
+// Tried and slower: sums over the states by the tensor cores in tf32 (9.4 instructions for 11, but 8% more time, waiting
+// for products and for bursts of exponentials); one exponential of eight by an FMA polynomial (3%); walking in some warps
+// while others prepare and finish (17% more instructions). Four tokens ahead instead of two: the same.
 #include "common/scan_prepare.cuh"
 
 // Tokens whose numbers are on their way while those of as many others are used.
@@ -35,17 +41,17 @@ template <typename F> struct Shares {
     template <int WIDTH>
     static __device__ __forceinline__ void sum(float (&y)[WIDTH], const float *row, int channel) {
         if (APART) {
-            load_swizzled(y, row, channel);
+            load_floats(y, row + spot(channel));
 #pragma unroll
             for (int part = 1; part < F::SPLIT; ++part) {
                 float other[WIDTH];
-                load_swizzled(other, row + part * PART, channel);
+                load_floats(other, row + part * PART + spot(channel));
 #pragma unroll
                 for (int k = 0; k < WIDTH; ++k) y[k] += other[k];
             }
         } else {
             float both[2 * WIDTH];
-            load_swizzled(both, row, 2 * channel);
+            load_floats(both, row + spot(2 * channel));
 #pragma unroll
             for (int k = 0; k < WIDTH; ++k) {
                 int place = Inputs<F>::mixed(k);
@@ -69,11 +75,11 @@ template <typename F> struct Read {
     }
 };
 
-// Moves h over KEPT tokens. `inputs`, `b`, `c` and `shares` are the lane's places at the first.
+// Moves h over so many tokens, a multiple of KEPT. `inputs`, `b`, `c` and `shares` are the lane's places at the first.
 template <typename F, bool RESETS>
 __device__ __forceinline__ void walk(typename F::States &h, const typename F::States &a, const float *inputs,
-                                     const float *b, const float *c, float *shares, const uint8_t *marks) {
-    constexpr int PER = F::PER, STATES = F::STATES, COUNT = AHEAD<F>;
+                                     const float *b, const float *c, float *shares, const uint8_t *marks, int tokens) {
+    constexpr int PER = F::PER, STATES = F::STATES, COUNT = AHEAD<F>, UNROLL = PER * STATES > 4 ? 2 : 4;
     auto use = [&](const Read<F> &now, int t) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
@@ -91,30 +97,78 @@ __device__ __forceinline__ void walk(typename F::States &h, const typename F::St
                     h[k][s] = fmaf(exp2_fast(now.in[i][k] * a[k][s]), h[k][s], now.in[i][PER + k] * now.b[i][s]);
                     y[k] = fmaf(h[k][s], now.c[i][s], y[k]);
                 }
-            // every lane of the warp has read its input by now, and only this warp uses these channels
+            // only this warp uses these channels, and where shares lie over inputs, its lanes have read them
+            if (!Shares<F>::APART) __syncwarp();
             store_floats(shares + (t + i) * Shares<F>::TOKEN, y);
         }
     };
     Read<F> even, odd;
     even.load(inputs, b, c, 0);
-#pragma unroll 2
-    for (int t = 0; t < KEPT; t += 2 * COUNT) {
-        odd.load(inputs, b, c, t + COUNT);
-        use(even, t);
-        if (t + 2 * COUNT < KEPT) even.load(inputs, b, c, t + 2 * COUNT);
-        use(odd, t + COUNT);
-    }
+#pragma unroll 1
+    for (int first = 0; first < tokens; first += KEPT)
+#pragma unroll UNROLL
+        for (int i = 0; i < KEPT; i += 2 * COUNT) {
+            int t = first + i;
+            odd.load(inputs, b, c, t + COUNT);
+            use(even, t);
+            if (i + 2 * COUNT < KEPT || first + KEPT < tokens) even.load(inputs, b, c, t + 2 * COUNT);
+            use(odd, t + COUNT);
+        }
 }
 
 template <typename E, typename F> struct ForwardMemory {
     using T = Tile<E, F>;
-    E u[2][T::SIZE], delta[T::SIZE], z[T::SIZE];
+    E u[2][T::SIZE], delta[T::SIZE], z[2][T::SIZE];
     float inputs[Inputs<F>::SIZE], shares[Shares<F>::SIZE];
-    E raw_b[CoefficientTile<E, F>::RAW], raw_c[CoefficientTile<E, F>::RAW];
-    float b[F::TILE * F::WIDTH], c[F::TILE * F::WIDTH];
+    E raw[Coefficients<E, F, 2>::RAW];
+    float b[F::TILE * F::WIDTH], c[F::TILE * F::WIDTH]; // neighbours, as they are widened together
     float bias[F::CHANNELS], skip[F::CHANNELS];
     uint8_t marks[3][F::TILE]; // of the tile before, which others may still finish, this one and the next
 };
+
+// Skip weight, gate and store of a tile.
+template <bool WHOLE, typename E, typename F>
+__device__ __forceinline__ void finish(const Scan &p, const ForwardMemory<E, F> &m, const Place<F> &at,
+                                       const Tile<E, F> &own, const Walker<E, F> &y, const float *shares, int buffer,
+                                       const uint8_t *marks, int start, bool aligned) {
+    using T = Tile<E, F>;
+    float skip[T::WIDTH];
+    load_floats(skip, m.skip + own.channel);
+#pragma unroll
+    for (int v = 0; v < T::OWN; ++v) {
+        int token = own.token + v * T::ROWS;
+        if (!WHOLE && (!own.has(v) || !own.live || start + token >= at.end)) break;
+        auto uv = T::get(m.u[buffer], v);
+        typename T::Elements out;
+        float sum[T::WIDTH];
+        Shares<F>::sum(sum, shares + token * Shares<F>::TOKEN, own.channel);
+#pragma unroll
+        for (int k = 0; k < T::WIDTH; ++k) sum[k] = fmaf(skip[k], widen(uv.at[k]), sum[k]);
+        float gate[T::WIDTH];
+#pragma unroll
+        for (int k = 0; k < T::WIDTH; ++k) gate[k] = 1.0f;
+        if (WHOLE || p.z.data) {
+            auto zv = T::get(m.z[buffer], v);
+#pragma unroll
+            for (int k = 0; k < T::WIDTH; ++k) gate[k] = silu(widen(zv.at[k]));
+        }
+        if (p.ungated) {
+#pragma unroll
+            for (int k = 0; k < T::WIDTH; ++k) out.at[k] = narrow<E>(sum[k]);
+            Walker<E, F> ungated = y; // laid out alike
+            ungated.place += static_cast<E *>(p.ungated) - static_cast<E *>(p.y.data);
+            ungated.store(at, own, v, out, WHOLE || aligned);
+        }
+#pragma unroll
+        for (int k = 0; k < T::WIDTH; ++k) sum[k] *= gate[k];
+        if (!WHOLE && p.marks && marks[token] == PAD)
+#pragma unroll
+            for (int k = 0; k < T::WIDTH; ++k) sum[k] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < T::WIDTH; ++k) out.at[k] = narrow<E>(sum[k]);
+        y.store(at, own, v, out, WHOLE || aligned);
+    }
+}
 
 template <typename E, typename F> __device__ void forward(const Scan &p) {
     using T = Tile<E, F>;
@@ -127,31 +181,45 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     bool aligned = F::STATES == 4 || p.aligned;
     int n = p.states;
     int64_t row_states = int64_t(p.channels) * n;
+    T own(at);
+    Walker<E, F> u(p.u, at, own, at.begin), delta(p.delta, at, own, at.begin), z(p.z, at, own, at.begin);
+    Walker<E, F> y(p.y, at, own, at.begin);
+    Coefficients<E, F, 2> coefficients(p.b, p.c, at, at.begin, n, p.aligned_coefficients);
+    // whether tiles are whole, but for their tokens
+    bool whole = F::STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficients.whole &&
+                 p.softplus && p.z.data && !p.marks;
+    float *all_shares = Shares<F>::APART ? m.shares : m.inputs, *shares = all_shares + Shares<F>::place(lane);
+    const float *inputs = m.inputs + Inputs<F>::place(lane.own);
+    const float *own_b = m.b + lane.part * F::STATES, *own_c = m.c + lane.part * F::STATES;
+    // What is used up while a tile is prepared has one buffer: a thread asks for what it has just read itself.
+    auto fetch = [&](int buffer, uint8_t *marks, int start) {
+        int left = at.end - start;
+        if (whole && left >= TILE) {
+            u.fetch(m.u[buffer]), delta.fetch(m.delta), coefficients.template fetch<true>(m.raw, left);
+            z.fetch(m.z[buffer]);
+        } else {
+            u.fetch(m.u[buffer], at, own, left, aligned);
+            delta.fetch(m.delta, at, own, left, aligned);
+            if (p.z.data) z.fetch(m.z[buffer], at, own, left, aligned);
+            coefficients.template fetch<false>(m.raw, left);
+            load_marks(p, at, marks, start);
+        }
+        commit_copies();
+        u.move(p.u, 1), delta.move(p.delta, 1), z.move(p.z, 1), coefficients.move(1);
+    };
+    fetch(0, m.marks[0], at.begin);
+    // while the first tile is on its way
     typename F::States a, h = {};
     lane.load(a, p.a, n, LOG2E);
     if (p.carried)
         lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
     else if (p.initial)
         lane.load(h, p.initial + at.row * row_states, n, 1.0f);
-    load_bias(p, at, m.bias);
-    for (int k = threadIdx.x; k < F::CHANNELS; k += THREADS) m.skip[k] = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
-    T own(at);
-    Walker<E, F> u(p.u, at, own, at.begin), delta(p.delta, at, own, at.begin), z(p.z, at, own, at.begin);
-    Walker<E, F> y(p.y, at, own, at.begin);
-    CoefficientTile<E, F> b(p.b, at, n, p.aligned_coefficients, 0), c(p.c, at, n, p.aligned_coefficients, 1);
-    float *all_shares = Shares<F>::APART ? m.shares : m.inputs, *shares = all_shares + Shares<F>::place(lane);
-    const float *inputs = m.inputs + Inputs<F>::place(lane.own);
-    const float *own_b = m.b + lane.part * F::STATES, *own_c = m.c + lane.part * F::STATES;
-    // What is used up while a tile is prepared has one buffer: a thread asks for what it has just read itself.
-    auto fetch = [&](int buffer, uint8_t *marks, int start) {
-        u.fetch(m.u[buffer], at, own, at.end - start, aligned), u.move(p.u, 1);
-        delta.fetch(m.delta, at, own, at.end - start, aligned), delta.move(p.delta, 1);
-        b.fetch(m.raw_b, at, start);
-        c.fetch(m.raw_c, at, start);
-        load_marks(p, at, marks, start);
-        commit_copies();
-    };
-    fetch(0, m.marks[0], at.begin);
+    for (int k = threadIdx.x; k < F::CHANNELS; k += THREADS) {
+        float bias = p.bias && k < at.count ? p.bias[at.first + k] : 0.0f;
+        float skip = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
+        m.bias[k] = bias, m.skip[k] = skip;
+    }
     __syncthreads();
     int buffer = 0, turn = 0;
     float *kept = p.kept;
@@ -159,60 +227,39 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     for (int start = at.begin; start < at.end; start += TILE, buffer ^= 1) {
         const uint8_t *marks = m.marks[turn];
         turn = turn < 2 ? turn + 1 : 0;
+        bool all = whole && start + TILE <= at.end;
         wait_copies<0>();
-        b.widen_tile(m.b, m.raw_b, at, start);
-        c.widen_tile(m.c, m.raw_c, at, start);
-        prepare<E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
-        if (p.z.data) z.fetch(m.z, at, own, at.end - start, aligned), z.move(p.z, 1);
-        commit_copies();
-        if (start + TILE < at.end)
-            fetch(buffer ^ 1, m.marks[turn], start + TILE);
-        else
-            commit_copies();
+        if (all) {
+            coefficients.template widen_tile<true>(m.b, m.raw, p.b, p.c, at, start);
+            prepare<true, E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
+        } else {
+            coefficients.template widen_tile<false>(m.b, m.raw, p.b, p.c, at, start);
+            prepare<false, E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
+        }
+        if (start + TILE < at.end) fetch(buffer ^ 1, m.marks[turn], start + TILE);
         __syncthreads();
+        int stretch = kept ? KEPT : TILE;
 #pragma unroll 1
-        for (int t = 0; t < TILE; t += KEPT) {
+        for (int t = 0; t < TILE; t += stretch) {
             if (kept && start + t < at.end) lane.store(kept, h, n), kept += row_states;
             const float *in = inputs + t * Inputs<F>::TOKEN, *bt = own_b + t * F::WIDTH, *ct = own_c + t * F::WIDTH;
             if (p.marks)
-                walk<F, true>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, marks + t);
+                walk<F, true>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, marks + t, stretch);
             else
-                walk<F, false>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, nullptr);
+                walk<F, false>(h, a, in, bt, ct, shares + t * Shares<F>::TOKEN, nullptr, stretch);
         }
-        // the gate of this tile, but not what was asked for after it
-        wait_copies<1>();
         __syncthreads();
-        float skip[T::WIDTH];
-        load_floats(skip, m.skip + own.channel);
-#pragma unroll
-        for (int v = 0; v < T::OWN; ++v) {
-            int token = own.token + v * T::ROWS;
-            if (!own.has(v) || !own.live || start + token >= at.end) break;
-            auto uv = T::get(m.u[buffer], v);
-            typename T::Elements out;
-            float sum[T::WIDTH];
-            Shares<F>::sum(sum, all_shares + token * Shares<F>::TOKEN, own.channel);
-#pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) sum[k] = fmaf(skip[k], widen(uv.at[k]), sum[k]);
-            if (p.z.data) {
-                auto zv = T::get(m.z, v);
-#pragma unroll
-                for (int k = 0; k < T::WIDTH; ++k) sum[k] *= silu(widen(zv.at[k]));
-            }
-            if (p.marks && marks[token] == PAD)
-#pragma unroll
-                for (int k = 0; k < T::WIDTH; ++k) sum[k] = 0.0f;
-#pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) out.at[k] = narrow<E>(sum[k]);
-            y.store(at, own, v, out, aligned);
-        }
+        if (all)
+            finish<true, E, F>(p, m, at, own, y, all_shares, buffer, marks, start, aligned);
+        else
+            finish<false, E, F>(p, m, at, own, y, all_shares, buffer, marks, start, aligned);
         y.move(p.y, 1);
     }
     if (at.end == p.length && p.state) lane.store(p.state + at.row * row_states, h, n);
 }
 
 #define FORWARD(E, BLOCKS)                                                                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 5, E, 1, 4, 4)                                              \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 1, 4, 4)                                              \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 2, 4, 4)                                              \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 1)                                              \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, BLOCKS, E, 2, 8, 2)                                         \

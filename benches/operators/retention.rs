@@ -1,10 +1,11 @@
-//! Retention in every form, over lengths, and single steps through the state.
+//! Retention in every form, over lengths, and single steps through the state or through those of a pool.
 
 use crate::support::{Bench, group, measure, measure_both, name};
 use candle_core::{DType, Tensor};
 use criterion::{Criterion, Throughput};
+use std::cell::LazyCell;
 use subquadratic::Result;
-use subquadratic::ops::{Form, Retention, retention};
+use subquadratic::ops::{Form, Retention, RetentionPool, RetentionPoolConfig, retention};
 
 /// The parallel form takes minutes beyond so many tokens.
 const LONGEST_PARALLEL: usize = 4096;
@@ -55,6 +56,26 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
         }
     }
     step.finish();
+
+    // the same through a pool, its states written at every step or at every eighth
+    let mut pooled = group(criterion, "retention_pool");
+    for shape in bench.shapes("retention_step") {
+        let [b, h, k, v] = shape.sizes(["B", "H", "K", "V"]);
+        for &dtype in bench.dtypes() {
+            let inputs = inputs(bench, [b, 1, h, k, v], dtype)?;
+            let slots: Vec<Option<usize>> = (0..b).rev().map(Some).collect();
+            for (suffix, window) in [("", 1), ("-window-8", 8)] {
+                let config = RetentionPoolConfig { window, ..RetentionPoolConfig::new(b, h, k, v) };
+                let mut pool = LazyCell::new(|| RetentionPool::new(config, &bench.device).expect("a pool"));
+                let id = format!("{}{suffix}/{}/step", shape.name, name(dtype));
+                let throughput = Throughput::Bytes((2 * b * h * k * v * size_of::<f32>()) as u64);
+                measure(&mut pooled, id, throughput, &bench.device, || {
+                    pool.step(&args(&inputs, None, Form::Auto), &slots)
+                });
+            }
+        }
+    }
+    pooled.finish();
     Ok(())
 }
 
@@ -70,14 +91,18 @@ fn inputs(bench: &mut Bench, [b, t, h, k, v]: [usize; 5], dtype: DType) -> Resul
 }
 
 fn run(inputs: &[Tensor], initial_state: Option<&Tensor>, form: Form) -> Result<(Tensor, Tensor)> {
-    retention(&Retention {
+    retention(&args(inputs, initial_state, form))
+}
+
+fn args<'a>(inputs: &'a [Tensor], initial_state: Option<&'a Tensor>, form: Form) -> Retention<'a> {
+    Retention {
         q: &inputs[0],
         k: &inputs[1],
         v: &inputs[2],
         log_decay: &inputs[3],
-        scale: (inputs[0].dim(3)? as f64).powf(-0.5),
+        scale: (inputs[0].dims()[3] as f64).powf(-0.5),
         initial_state,
         segments: None,
         form,
-    })
+    }
 }

@@ -17,8 +17,8 @@ constexpr int LANES = 32;
 constexpr uint8_t START = 1;
 constexpr uint8_t PAD = 2;
 
-// A carried state whose weight has fallen to 2^-NEGLIGIBLE counts as forgotten; f32 keeps 24 bits.
-constexpr float NEGLIGIBLE = 32.0f;
+// A carried state whose weight has fallen to 2^-NEGLIGIBLE counts as forgotten: f32 keeps 24 bits, sequences of 16 bits 11.
+template <typename E> constexpr float NEGLIGIBLE = sizeof(E) == 4 ? 26.0f : 20.0f;
 
 // A [B, L, D] tensor; steps in elements.
 struct Sequence {
@@ -55,6 +55,8 @@ struct Scan {
     // Steps only, both or neither: where the rows' states lie in a pool [slots, D, N], read and written in place, below
     // zero for an idle row; and how many tokens of a row count (null: all).
     const int *slots, *counts;
+    // y before the gate, [B, L, D] of the sequences' type, contiguous: what backward needs of y where there is z.
+    void *ungated;
 };
 
 // How the numbers of a state lie in lanes.
@@ -116,149 +118,9 @@ template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
     E at[WIDTH];
 };
 
-// Where the numbers of neighbouring channels lie in a row of f32 in shared memory: threads that write or read eight
-// channels each, and lanes that read one or two, meet in different banks.
-__device__ __forceinline__ int swizzled(int piece) { return piece ^ (piece >> 3 & 3); } // pieces of four numbers
-__device__ __forceinline__ int spot(int channel) { return 4 * swizzled(channel / 4) + channel % 4; }
-template <int COUNT> __device__ __forceinline__ void load_swizzled(float (&to)[COUNT], const float *row, int first) {
-#pragma unroll
-    for (int q = 0; q < COUNT / 4; ++q) {
-        float4 v = reinterpret_cast<const float4 *>(row)[swizzled(first / 4 + q)];
-        to[4 * q] = v.x, to[4 * q + 1] = v.y, to[4 * q + 2] = v.z, to[4 * q + 3] = v.w;
-    }
-}
-template <int COUNT> __device__ __forceinline__ void store_swizzled(float *row, int first, const float (&from)[COUNT]) {
-#pragma unroll
-    for (int q = 0; q < COUNT / 4; ++q)
-        reinterpret_cast<float4 *>(row)[swizzled(first / 4 + q)] =
-            make_float4(from[4 * q], from[4 * q + 1], from[4 * q + 2], from[4 * q + 3]);
-}
-
-// One raw tile of a sequence in shared memory: [TILE, CHANNELS], in packs of WIDTH channels; a thread has the packs
-// threadIdx.x, + THREADS, .. , all of the same channels, and nobody else touches them.
-template <typename E, typename F> struct Tile {
-    static constexpr int SIZE = F::TILE * F::CHANNELS;
-    static constexpr int WIDTH = SIZE / THREADS < Vector<E>::SIZE ? 4 : Vector<E>::SIZE;
-    static constexpr int COLUMNS = F::CHANNELS / WIDTH;
-    static constexpr int PACKS = SIZE / WIDTH;
-    static constexpr int ROWS = THREADS / COLUMNS;
-    static constexpr int OWN = PACKS < THREADS ? 1 : PACKS / THREADS;
-    using Elements = Pack<E, WIDTH>;
-
-    int token, channel; // of this thread's first pack
-    bool live;          // whether its channels exist
-    __device__ explicit Tile(const Place<F> &at)
-        : token(threadIdx.x / COLUMNS), channel(threadIdx.x % COLUMNS * WIDTH), live(channel < at.count) {}
-    __device__ bool has(int v) const { return PACKS >= THREADS || threadIdx.x < PACKS; }
-    // This thread's pack `v` of a tile.
-    static __device__ Elements get(const E *tile, int v) {
-        return reinterpret_cast<const Elements *>(tile)[threadIdx.x + v * THREADS];
-    }
-};
-
-// A sequence as a thread goes through it, tile by tile, its packs' place moving along.
-template <typename E, typename F> struct Walker {
-    using T = Tile<E, F>;
-    E *place;
-    int64_t row; // to the thread's next pack
-    __device__ Walker(const Sequence &s, const Place<F> &at, const T &own, int start)
-        : place(static_cast<E *>(s.data) + at.row * s.row + (start + own.token) * s.token + at.first + own.channel),
-          row(T::ROWS * s.token) {}
-    // Moves by whole tiles.
-    __device__ __forceinline__ void move(const Sequence &s, int tiles) { place += tiles * F::TILE * s.token; }
-
-    // Asks for the thread's packs among the next `left` tokens of the block's channels. Packs beyond them are left as they
-    // are; channels beyond them in a pack become zero.
-    __device__ __forceinline__ void fetch(E *tile, const Place<F> &at, const T &own, int left, bool aligned) const {
-        if (aligned) {
-#pragma unroll
-            for (int v = 0; v < T::OWN; ++v)
-                if (own.has(v) && own.live && own.token + v * T::ROWS < left)
-                    copy_async<sizeof(typename T::Elements)>(tile + (threadIdx.x + v * THREADS) * T::WIDTH,
-                                                             place + v * row);
-        } else {
-            for (int v = 0; v < T::OWN; ++v)
-                for (int k = 0; k < T::WIDTH; ++k)
-                    if (own.has(v) && own.token + v * T::ROWS < left)
-                        tile[(threadIdx.x + v * THREADS) * T::WIDTH + k] =
-                            own.channel + k < at.count ? place[v * row + k] : narrow<E>(0.0f);
-        }
-    }
-    // Writes the thread's pack `v`.
-    __device__ __forceinline__ void store(const Place<F> &at, const T &own, int v, const typename T::Elements &x,
-                                          bool aligned) const {
-        E *to = place + v * row;
-        if (aligned) {
-            *reinterpret_cast<typename T::Elements *>(to) = x;
-        } else {
-#pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k)
-                if (own.channel + k < at.count) to[k] = x.at[k];
-        }
-    }
-};
-
-// B or C of a block: raw tiles in shared memory on their way to f32 ones [TILE, WIDTH], zero beyond N and the end. A thread
-// widens the pieces that it has fetched.
-template <typename E, typename F> struct CoefficientTile {
-    static constexpr int SIZE = F::TILE * F::WIDTH;
-    static constexpr int PIECE = Vector<E>::SIZE;
-    // Wide states leave no room to stage their numbers.
-    static constexpr bool STAGED = F::SPLIT <= 8;
-    static constexpr int RAW = STAGED ? SIZE : PIECE;
-    static constexpr int PIECES = F::WIDTH / PIECE > 0 ? F::WIDTH / PIECE : 1; // of a token
-    static constexpr int PASSES = (F::TILE * PIECES + THREADS - 1) / THREADS;
-    const char *from; // token 0, and where whole this thread's first piece
-    int64_t step;
-    int n, wide, first;
-    bool whole; // whether every token's numbers are read in pieces of 16 bytes, WIDTH of them
-    // `turn` spreads the work of several tiles over the threads.
-    __device__ CoefficientTile(const Coefficient &x, const Place<F> &at, int n, int aligned, int turn)
-        : n(n), wide(x.wide) {
-        int size = x.wide ? 4 : sizeof(E);
-        from = static_cast<const char *>(x.data) + (at.row * x.row + at.first / x.width * x.group) * size;
-        step = x.token * size;
-        whole = STAGED && aligned && size == sizeof(E) && n == F::WIDTH && n % PIECE == 0;
-        first = (threadIdx.x + turn * (THREADS / 2)) % THREADS;
-        if (whole) from += first / PIECES * step + first % PIECES * 16;
-    }
-    __device__ __forceinline__ void fetch(E *raw, const Place<F> &at, int start) const {
-        if (!whole) return;
-        const char *place = from + start * step;
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) {
-            int i = first + pass * THREADS, token = i / PIECES;
-            if (token < F::TILE && start + token < at.end)
-                copy_async<16>(raw + i * PIECE, place + pass * (THREADS / PIECES) * step);
-        }
-    }
-    __device__ __forceinline__ void widen_tile(float *tile, const E *raw, const Place<F> &at, int start) const {
-        if (whole) {
-#pragma unroll
-            for (int pass = 0; pass < PASSES; ++pass) {
-                int i = first + pass * THREADS, token = i / PIECES;
-                if (token >= F::TILE) break;
-                float values[PIECE] = {};
-                if (start + token < at.end) {
-                    Vector<E> piece = reinterpret_cast<const Vector<E> *>(raw)[i];
-#pragma unroll
-                    for (int k = 0; k < PIECE; ++k) values[k] = widen(piece.at[k]);
-                }
-                store_floats(tile + i * PIECE, values);
-            }
-        } else {
-            for (int i = first; i < SIZE; i += THREADS) {
-                int token = i / F::WIDTH, k = i % F::WIDTH;
-                float value = 0.0f;
-                if (start + token < at.end && k < n) {
-                    const char *source = from + (start + token) * step;
-                    value = wide ? reinterpret_cast<const float *>(source)[k] : widen(reinterpret_cast<const E *>(source)[k]);
-                }
-                tile[i] = value;
-            }
-        }
-    }
-};
+// Where the numbers of neighbouring channels lie in a row of f32 in shared memory: four words are free behind every 32, so
+// that threads that write or read eight channels each, and lanes that read one or two, meet in different banks.
+__device__ __forceinline__ constexpr int spot(int channel) { return channel + channel / 32 * 4; }
 
 // What a lane knows of its channels.
 template <typename F> struct Lane {

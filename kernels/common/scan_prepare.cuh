@@ -1,11 +1,14 @@
 // The tile's numbers that the recurrence needs, as f32.
 #pragma once
-#include "scan.cuh"
+#include "scan_tiles.cuh"
 
-// What a walk reads of a token: for the PER channels of a lane their steps delta, then their inputs. Swizzled.
+// What a walk reads of a token: for the PER channels of a lane their steps delta, then their inputs.
 template <typename F> struct Inputs {
-    // Two tokens that eight threads share lie in other banks.
-    static constexpr int TOKEN = 2 * F::CHANNELS + (F::CHANNELS == 32 ? 8 : 0), SIZE = F::TILE * TOKEN;
+    // The last words that are free keep apart two tokens that eight threads share.
+    static constexpr int LAST = F::CHANNELS < 64 ? 0 : 4;
+    static constexpr int TOKEN = spot(2 * F::CHANNELS) - LAST, SIZE = F::TILE * TOKEN;
+    // A token's row of what there is one of for every channel.
+    static constexpr int ROW = spot(F::CHANNELS) - LAST;
 
     // The place of a lane's channels in a token's row.
     static __device__ __forceinline__ int place(int own) { return spot(own * 2 * F::PER); }
@@ -15,7 +18,7 @@ template <typename F> struct Inputs {
 
 // delta after bias and softplus, and beside it delta * u (u given) or dy (times SiLU(z) if z is given); where u is given,
 // the latter into `gradients`, unless null. Zero at padding and beyond the end.
-template <typename E, typename F>
+template <bool WHOLE, typename E, typename F>
 __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const Tile<E, F> &own, const E *u,
                                         const E *delta, const E *z, const E *dy, float *inputs, float *gradients,
                                         const float *bias, const uint8_t *marks, int start) {
@@ -25,32 +28,32 @@ __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const
     load_floats(shift, bias + own.channel);
 #pragma unroll
     for (int v = 0; v < T::OWN; ++v) {
-        if (!own.has(v)) break;
+        if (!WHOLE && !own.has(v)) break;
         int token = own.token + v * T::ROWS;
-        float *to = inputs + token * Inputs<F>::TOKEN, *to_gradients = gradients + token * F::CHANNELS;
-        if (!own.live || start + token >= at.end || (p.marks && marks[token] == PAD)) {
+        float *to = inputs + token * Inputs<F>::TOKEN, *to_gradients = gradients + token * Inputs<F>::ROW;
+        if (!WHOLE && (!own.live || start + token >= at.end || (p.marks && marks[token] == PAD))) {
             float none[2 * W] = {}, no_gradients[W] = {};
-            store_swizzled(to, 2 * own.channel, none);
-            if (gradients) store_swizzled(to_gradients, own.channel, no_gradients);
+            store_floats(to + spot(2 * own.channel), none);
+            if (gradients) store_floats(to_gradients + spot(own.channel), no_gradients);
             continue;
         }
         float d[W], g[W], mixed[2 * W];
         auto dv = T::get(delta, v);
 #pragma unroll
         for (int k = 0; k < W; ++k) d[k] = widen(dv.at[k]) + shift[k];
-        if (p.softplus)
+        if (WHOLE || p.softplus)
 #pragma unroll
             for (int k = 0; k < W; ++k) d[k] = softplus_for<E>(d[k]);
         if (dy) {
             auto gv = T::get(dy, v);
 #pragma unroll
             for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
-            if (p.z.data) {
+            if (WHOLE || p.z.data) {
                 auto zv = T::get(z, v);
 #pragma unroll
                 for (int k = 0; k < W; ++k) g[k] *= silu(widen(zv.at[k]));
             }
-            if (gradients) store_swizzled(to_gradients, own.channel, g);
+            if (gradients) store_floats(to_gradients + spot(own.channel), g);
         }
         if (u) {
             auto uv = T::get(u, v);
@@ -62,7 +65,7 @@ __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const
         }
 #pragma unroll
         for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k)] = d[k];
-        store_swizzled(to, 2 * own.channel, mixed);
+        store_floats(to + spot(2 * own.channel), mixed);
     }
 }
 

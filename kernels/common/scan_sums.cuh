@@ -11,8 +11,8 @@ constexpr int BATCH = 2;
 // What the lanes of a warp have to add up: over the parts of a state, and over the channels.
 template <typename F> struct Sums {
     static constexpr int PER = F::PER, STATES = F::STATES, SPLIT = F::SPLIT, OWNERS = F::OWNERS;
-    // By token: y, dx, dstep; each by part and channel.
-    static constexpr int KINDS = 3;
+    // By token: dx, dstep; each by part and channel.
+    static constexpr int KINDS = 2;
     static constexpr int KIND = SPLIT * OWNERS * PER;
     static constexpr int TOKEN = KINDS * KIND;
     // By token, part and lane: dB's numbers, then dC's. Parts lie in other banks.

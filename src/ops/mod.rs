@@ -28,8 +28,8 @@ pub use linear::linear;
 pub use long_conv::{FilterCache, LongConv, LongConvState, StreamConv, long_conv, long_conv_with_state};
 pub use modal_conv::{ModalConv, Poles, modal_conv};
 pub use norm::{Norm, NormKind, add_norm, gated_norm, layer_norm, norm, rms_norm};
-pub use retention::{Retention, retention};
-pub use rotary::{Rotary, RotaryStyle, rotary};
+pub use retention::{Retention, RetentionPool, RetentionPoolConfig, retention};
+pub use rotary::{Rotary, RotaryPair, RotaryStyle, rotary, rotary_pair};
 pub use segments::Segments;
 pub use selective_scan::{SelectiveScan, selective_scan};
 

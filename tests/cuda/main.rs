@@ -2,6 +2,9 @@
 //!
 //! One executable, to be carried to a machine with a GPU. Without a GPU, or built without the feature `cuda`, every test
 //! prints that it was skipped.
+//!
+//! The tests of `sanitizer` are a small grid of retention's kernels for the tools of compute-sanitizer, under a minute each:
+//! `compute-sanitizer --tool memcheck <executable> sanitizer::`, and so with racecheck, initcheck and synccheck.
 
 #[cfg(feature = "cuda")]
 mod agree;
@@ -18,14 +21,23 @@ mod decoder;
 #[path = "../decoder/laws.rs"]
 mod decoder_laws;
 #[cfg(feature = "cuda")]
+mod elementwise;
+#[cfg(feature = "cuda")]
 mod model;
 #[cfg(feature = "cuda")]
 mod norm;
+#[cfg(feature = "cuda")]
+mod pool;
+#[cfg(feature = "cuda")]
+#[path = "../retention/pool_laws.rs"]
+mod pool_laws;
 #[cfg(feature = "cuda")]
 mod retention;
 #[cfg(feature = "cuda")]
 #[path = "../retention/case.rs"]
 mod retention_case;
+#[cfg(feature = "cuda")]
+mod sanitizer;
 #[cfg(feature = "cuda")]
 mod scan;
 #[cfg(feature = "cuda")]

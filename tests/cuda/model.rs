@@ -50,10 +50,14 @@ fn generates_what_the_cpu_generates() {
 #[test]
 fn training_goes_as_on_the_cpu() {
     let Some(device) = gpu() else { return };
-    for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::BF16, 2e-2)] {
+    let configs = [ModelConfig::mamba(64, 3, VOCABULARY), ModelConfig::retnet(64, 3, VOCABULARY)];
+    for (config, (dtype, tolerance)) in configs
+        .iter()
+        .flat_map(|config| [(DType::F32, 1e-3), (DType::BF16, 2e-2)].map(|precision| (config, precision)))
+    {
         let losses = |device: &Device| -> Vec<f64> {
-            let mut trainer =
-                Trainer::new(model(4, dtype, device), TrainerConfig::new(Schedule::constant(3e-3))).unwrap();
+            let model = LanguageModel::init(config, 4, dtype, device).unwrap();
+            let mut trainer = Trainer::new(model, TrainerConfig::new(Schedule::constant(3e-3))).unwrap();
             let random = &mut Random::new(5);
             let all = ids(random, 4, 33, device);
             let part = |start| all.narrow(1, start, 32).unwrap().contiguous().unwrap();
@@ -93,4 +97,32 @@ fn a_retnet_is_the_cpus() {
             assert_close(&what, &host(&Tensor::cat(&steps, 1).unwrap()), &want, tolerance);
         }
     }
+}
+
+/// A prompt four times as long needs no more memory: it goes through the stack some 16,000 tokens at a time, and a block's
+/// activations are all that is alive.
+#[test]
+fn the_memory_of_a_prompt_does_not_grow_with_it() {
+    let Some(device) = gpu() else { return };
+    let config = ModelConfig::retnet(1024, 6, VOCABULARY);
+    let model = LanguageModel::init(&config, 1, DType::BF16, &device).unwrap().frozen().unwrap();
+    let random = &mut Random::new(6);
+    // what was freed stays with the process, so that this is the most it ever had
+    let used = || {
+        let (free, total) = candle_core::cuda_backend::cudarc::driver::result::mem_get_info().unwrap();
+        (total - free) as f64 / 1e6
+    };
+    let mut prefill = |length: usize| {
+        let ids = ids(random, 1, length, &device);
+        let mut state = model.init_state(1).unwrap();
+        let logits = model.prefill(&ids, None, &mut state).unwrap();
+        assert!(values(&logits.to_device(&Device::Cpu).unwrap()).iter().all(|x| x.is_finite()));
+        used()
+    };
+    let before = used();
+    let (short, long) = (prefill(16_384), prefill(65_536));
+    println!("used: {before:.0} MB before, {short:.0} behind 16384 tokens, {long:.0} behind 65536");
+    // other tests run beside this one
+    let block = 16_384.0 * 1024.0 * 2.0 * 20.0 / 1e6;
+    assert!(long < short + block, "{before:.0} {short:.0} {long:.0} MB");
 }

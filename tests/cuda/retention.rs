@@ -22,12 +22,17 @@ fn compare(device: &Device, case: &Case, t: &[Tensor], segments: Option<&Segment
     let what = format!("{case:?} {dtype:?} segments {} {NAMES:?}", segments.is_some());
     let used = if case.state { 5 } else { 4 };
     agree(&what, device, &t[..used], tolerance(dtype), |x| case.run(x, segments));
-    if dtype == DType::F32 {
-        return;
+    if dtype != DType::F32 {
+        fixed(device, case, t, segments);
     }
-    // decays that do not learn leave the products to the dtype itself
+}
+
+/// The same with decays that do not learn, which leaves the products to the dtype itself.
+fn fixed(device: &Device, case: &Case, t: &[Tensor], segments: Option<&Segments>) {
+    let (dtype, used) = (t[0].dtype(), if case.state { 5 } else { 4 });
+    let what = format!("{case:?} {dtype:?} segments {}, decays fixed", segments.is_some());
     let (decay, others) = (to(&t[3..4], device).remove(0), [&t[..3], &t[4..used]].concat());
-    agree(&format!("{what}, decays fixed"), device, &others, tolerance(dtype), |x| {
+    agree(&what, device, &others, tolerance(dtype), |x| {
         let decay = if x[0].device().is_cpu() { &t[3] } else { &decay };
         case.run(&[&x[..3], std::slice::from_ref(decay), &x[3..]].concat(), segments)
     });
@@ -75,6 +80,30 @@ fn the_grid_of_the_peers() {
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             let case = Case { per_token: i % 2 == 0, ..Case::new(batch, length, heads, keys, values) };
             compare(&device, &case, &cast(&case.tensors(i as u64), dtype), None);
+        }
+    }
+}
+
+/// Every walk of 16-bit elements at its own size and just off it: grouped heads, decays per token with resets, packed rows,
+/// lengths that end within a chunk. Decays are fixed, so that gradients are those of the walks themselves.
+#[test]
+fn gradients_of_walks_in_16_bits() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(8);
+    let widths =
+        [(64, 64), (64, 128), (60, 100), (128, 64), (128, 128), (256, 64), (200, 136), (256, 256), (512, 48)];
+    for (i, (keys, values)) in widths.into_iter().enumerate() {
+        for dtype in [DType::F16, DType::BF16] {
+            for resets in [false, true] {
+                let heads = [[2, 2, 2], [4, 2, 1], [1, 2, 4], [2, 1, 2]][random.int(0, 3)];
+                let length = [64, 65, 129, 200, 321][random.int(0, 4)];
+                let per_token = resets || random.int(0, 1) == 1;
+                let case =
+                    Case { heads, per_token, resets, ..Case::new(random.int(1, 2), length, 1, keys, values) };
+                let t = cast(&case.tensors(i as u64), dtype);
+                let segments = random_segments(random, case.batch, length);
+                fixed(&device, &case, &t, (random.int(0, 1) == 1).then_some(&segments));
+            }
         }
     }
 }
@@ -198,23 +227,62 @@ fn slices_are_read_in_place_and_what_is_too_wide_falls_back() {
     }
 }
 
+/// Steps, walks and segments of 16-bit elements: any cut gives what one call gives, gradients too, up to their rounding.
+#[test]
+fn any_cut_gives_the_same_in_16_bits() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(9);
+    for (seed, length) in [5, 40, 131, 700, 1500].into_iter().enumerate() {
+        for dtype in [DType::F16, DType::BF16] {
+            let case = Case { per_token: seed % 2 == 0, ..Case::new(1, length, 2, 64, 40) };
+            let t = cast(&case.tensors(seed as u64), dtype);
+            let decay = to(&t[3..4], &device).remove(0);
+            let others = [&t[..3], &t[4..]].concat();
+            let pieces = if length == 5 { vec![1; 5] } else { random.split(length, 3, 0) };
+            let pieces: Vec<_> = pieces.into_iter().map(|n| (n, Form::Auto)).collect();
+            let run = |x: &[Tensor], pieces: &[(usize, Form)]| {
+                let moved = to(x, &device);
+                let all = [&moved[..3], std::slice::from_ref(&decay), &moved[3..]].concat();
+                Ok(to(&case.in_pieces(&all, pieces)?, &Device::Cpu))
+            };
+            let whole = gradients(&others, |x| run(x, &[(length, Form::Auto)]));
+            let cut = gradients(&others, |x| run(x, &pieces));
+            let (whole, cut) = ([whole.0, whole.1].concat(), [cut.0, cut.1].concat());
+            for (k, (got, want)) in cut.iter().zip(&whole).enumerate() {
+                assert_close(&format!("{case:?} {pieces:?} result {k}"), got, want, tolerance(dtype));
+            }
+        }
+    }
+}
+
 #[test]
 fn a_hundred_runs_give_the_same_bits() {
     let Some(device) = gpu() else { return };
-    let case = Case { per_token: true, ..Case::new(2, 700, 2, 136, 72) };
-    let t = to(&cast(&case.tensors(2), DType::BF16), &device);
-    let run = || -> Vec<u64> {
-        let x: Vec<Tensor> = t.iter().map(|x| Var::from_tensor(x).unwrap().as_tensor().clone()).collect();
-        let outputs = case.run(&x, None).unwrap();
-        let sum = |y: &Tensor| y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap();
-        let store = (sum(&outputs[0]) + sum(&outputs[1])).unwrap().backward().unwrap();
-        let gradients: Vec<Tensor> = x.iter().map(|x| store.get(x).unwrap().clone()).collect();
-        to(&[outputs, gradients].concat(), &Device::Cpu).iter().flat_map(bits).collect()
-    };
-    let want = run();
-    for _ in 1..100 {
-        assert!(run() == want);
+    for (dtype, learns, case) in [
+        (DType::BF16, true, Case { per_token: true, ..Case::new(2, 700, 2, 136, 72) }),
+        (DType::F16, false, Case { heads: [4, 2, 4], ..Case::new(1, 2100, 4, 128, 128) }),
+        (DType::BF16, false, Case::new(1, 1100, 2, 256, 512)),
+    ] {
+        let t = to(&cast(&case.tensors(2), dtype), &device);
+        let run = || -> Vec<u64> {
+            let tracked = |(i, x): (usize, &Tensor)| if i == 3 && !learns { x.clone() } else { var(x) };
+            let x: Vec<Tensor> = t.iter().enumerate().map(tracked).collect();
+            let outputs = case.run(&x, None).unwrap();
+            let sum = |y: &Tensor| y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap();
+            let store = (sum(&outputs[0]) + sum(&outputs[1])).unwrap().backward().unwrap();
+            let gradients = x.iter().filter_map(|x| store.get(x).cloned()).collect::<Vec<_>>();
+            assert_eq!(gradients.len(), if learns { 5 } else { 4 });
+            to(&[outputs, gradients].concat(), &Device::Cpu).iter().flat_map(bits).collect()
+        };
+        let want = run();
+        for _ in 1..100 {
+            assert!(run() == want, "{case:?}");
+        }
     }
+}
+
+fn var(x: &Tensor) -> Tensor {
+    Var::from_tensor(x).unwrap().as_tensor().clone()
 }
 
 #[test]

@@ -109,6 +109,33 @@ fn time_cut_into_chunks() {
     }
 }
 
+/// Channels that fill no vectors, with states so wide that a lane has one channel.
+#[test]
+fn time_cut_where_sequences_are_not_aligned() {
+    let Some(device) = gpu() else { return };
+    for (i, (channels, states)) in [(7, 200), (9, 130), (7, 16), (3, 64)].into_iter().enumerate() {
+        let dtype = [DType::BF16, DType::F32][i % 2];
+        let case = Case::full(1, 600, channels, states);
+        let t = cast(&case.tensors(i as u64), dtype);
+        compare(&device, &case, &t, None, 3.0 * tolerance(dtype));
+    }
+}
+
+/// Whole tiles with softplus and a gate, which take a way of their own, and ends that are not.
+#[test]
+fn whole_tiles() {
+    let Some(device) = gpu() else { return };
+    for (i, (batch, length, channels)) in
+        [(2, 64, 64), (1, 96, 256), (3, 75, 128), (2, 160, 96)].into_iter().enumerate()
+    {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let case = Case::full(batch, length, channels, 16);
+            let t = cast(&case.tensors(i as u64), dtype);
+            compare(&device, &case, &t, None, tolerance(dtype));
+        }
+    }
+}
+
 #[test]
 fn any_cut_gives_the_same() {
     let Some(device) = gpu() else { return };

@@ -4,6 +4,8 @@ mod case;
 #[path = "../common/mod.rs"]
 mod common;
 mod peers;
+mod pool;
+mod pool_laws;
 mod stretches;
 
 use candle_core::{DType, Device, Tensor};

@@ -78,6 +78,7 @@ impl<'a> Held<'a> {
             DType::F16 => address::<f16>(storage, stream, guards)?,
             DType::F64 => address::<f64>(storage, stream, guards)?,
             DType::U8 => address::<u8>(storage, stream, guards)?,
+            DType::I32 => address::<i32>(storage, stream, guards)?,
             DType::I64 => address::<i64>(storage, stream, guards)?,
             other => return Err(Error::dtype(name, "f32, bf16 or f16", other)),
         };

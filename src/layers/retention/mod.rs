@@ -28,13 +28,12 @@ use super::parameter::Reader;
 use super::state::advance;
 use crate::ops::norm::{Norm, NormKind, gated_norm, norm};
 use crate::ops::{
-    Activation, CausalConv1d, Form, Retention, Rotary, Segments, accumulation_dtype, activate, causal_conv1d,
-    gate, retention, rotary, rotary::positions,
+    Activation, CausalConv1d, Form, Retention, RotaryPair, RotaryStyle, Segments, accumulation_dtype,
+    activate, causal_conv1d, gate, retention, rotary::positions, rotary_pair,
 };
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
-use state::decay_sum;
 
 /// The RetNet mixer; see the [module](self) for the formula.
 ///
@@ -171,11 +170,9 @@ impl MultiScaleRetention {
         let before = state.as_deref().map_or(vec![0; batch], |state| state.positions.clone());
         let positions = positions(&before, segments, length);
         let [q, k, v] = sequences;
-        let [q, k] = [self.turned(&q, &positions)?, self.turned(&k, &positions)?];
+        let (q, k) = self.turned(&q, &k, &positions)?;
         let (o, retained) = match c.scaling {
-            RetentionScaling::None => self.retention(&q, &k, &v, segments, state.as_deref())?,
-            RetentionScaling::DecaySum => {
-                let q = q.broadcast_mul(&self.decay_factors(&positions, length, q.dtype())?)?;
+            RetentionScaling::None | RetentionScaling::DecaySum => {
                 self.retention(&q, &k, &v, segments, state.as_deref())?
             }
             RetentionScaling::RowSum | RetentionScaling::ChunkRowSum { .. } => {
@@ -227,24 +224,23 @@ impl MultiScaleRetention {
         Ok((sequences, <[Tensor; 3]>::try_from(states).ok()))
     }
 
-    fn turned(&self, x: &Tensor, positions: &[usize]) -> Result<Tensor> {
-        match self.config.rotary {
-            Some(RetentionRotary { style, .. }) => {
-                rotary(&Rotary { x, positions, frequencies: &self.frequencies, style })
-            }
-            None => Ok(x.clone()),
+    /// Queries and keys as the retention takes them: turned, and queries divided by `s_t`.
+    fn turned(&self, q: &Tensor, k: &Tensor, positions: &[usize]) -> Result<(Tensor, Tensor)> {
+        let decays = match self.config.scaling {
+            RetentionScaling::DecaySum => Some(self.config.decay.logarithms(self.config.heads)),
+            _ => None,
+        };
+        if self.config.rotary.is_none() && decays.is_none() {
+            return Ok((q.clone(), k.clone()));
         }
-    }
-
-    /// `1 / s_t`, `[B or 1, L, H, 1]`; as many rows as there are positions for.
-    fn decay_factors(&self, positions: &[usize], length: usize, dtype: DType) -> Result<Tensor> {
-        let logs = self.config.decay.logarithms(self.config.heads);
-        let factors = positions
-            .iter()
-            .flat_map(|position| logs.iter().map(move |&log| decay_sum(log, position + 1).sqrt().recip()));
-        let dims = (positions.len() / length, length, logs.len(), 1);
-        let factors = Tensor::from_vec(factors.collect::<Vec<f64>>(), dims, self.log_decay.device())?;
-        Ok(factors.to_dtype(dtype)?)
+        rotary_pair(&RotaryPair {
+            q,
+            k,
+            positions,
+            frequencies: &self.frequencies,
+            style: self.config.rotary.map_or(RotaryStyle::Half, |rotary| rotary.style),
+            log_decay: decays.as_deref(),
+        })
     }
 
     fn retention(

@@ -3,7 +3,8 @@
 //! Both hold all pairs of tokens, for every head at once, as torchscale does; neither can go on from a state, for the
 //! denominators of later tokens need what a state no longer tells apart.
 
-use super::{MultiScaleRetention, RetentionScaling, decay_sum};
+use super::{MultiScaleRetention, RetentionScaling};
+use crate::ops::rotary::decay_sum;
 use crate::ops::{Segments, accumulation_dtype};
 use crate::{Error, Result};
 use candle_core::{D, DType, Tensor};

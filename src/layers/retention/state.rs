@@ -2,6 +2,7 @@
 
 use super::RetentionConfig;
 use crate::layers::LayerState;
+use crate::ops::rotary::decay_sum;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -154,16 +155,6 @@ impl RetentionConfig {
     /// `sum_(j < tokens) gamma^j` of each head.
     pub(crate) fn decay_sums(&self, tokens: usize) -> Vec<f64> {
         self.decay.logarithms(self.heads).into_iter().map(|log| decay_sum(log, tokens)).collect()
-    }
-}
-
-/// `sum_(j < tokens) e^(j log)`, accurate for decays near one and for many tokens.
-pub(super) fn decay_sum(log: f64, tokens: usize) -> f64 {
-    let n = tokens as f64;
-    match log {
-        0.0 => n,
-        f64::NEG_INFINITY => n.min(1.0),
-        log => (n * log).exp_m1() / log.exp_m1(),
     }
 }
 

@@ -15,6 +15,8 @@
 //! gates, Shazeer 2020.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod reference;
 
 pub use reference::{activate_reference, gate_reference, sigmoid_reference, softplus_reference};
@@ -81,6 +83,12 @@ pub fn softplus(x: &Tensor) -> Result<Tensor> {
 /// A dtype that is not a float.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     check(activation.name(), x)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(y) = cuda::on_cuda(activation, x, None)?
+    {
+        return Ok(y);
+    }
     if !x.device().is_cpu() {
         return activate_reference(x, activation);
     }
@@ -115,6 +123,12 @@ pub fn gate(x: &Tensor, z: &Tensor, activation: Activation) -> Result<Tensor> {
     }
     if z.dtype() != x.dtype() {
         return Err(Error::dtype("gate: z", format!("{:?}", x.dtype()), z.dtype()));
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(y) = cuda::on_cuda(activation, x, Some(z))?
+    {
+        return Ok(y);
     }
     if !x.device().is_cpu() {
         return gate_reference(x, z, activation);

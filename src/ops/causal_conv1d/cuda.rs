@@ -18,8 +18,13 @@ const WIDTH: usize = 4;
 const SUM_COLUMNS: usize = 32;
 /// Filters with up to as many taps have kernels.
 const TAPS: [usize; 3] = [2, 4, 8];
-/// Tokens of a strip: as many as still leave each multiprocessor some blocks.
-const FORWARD_STRIPS: [usize; 3] = [32, 16, 8];
+/// Blocks of the forward pass that a multiprocessor runs at a time, tokens that they go by, and those of a strip: as many as
+/// let all blocks begin at once, within bounds.
+const RESIDENT: usize = 6;
+const GROUP: usize = 4;
+const SHORTEST: usize = 8;
+const LONGEST: usize = 256;
+/// Tokens of a strip of the backward pass: as many as still leave each multiprocessor some blocks.
 const BACKWARD_STRIPS: [usize; 3] = [64, 32, 16];
 const BLOCKS: usize = 8;
 /// The most blocks of a grid's second and third dimension.
@@ -33,9 +38,16 @@ struct Plan {
     strip: usize,
 }
 
+/// What a plan is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    Forward,
+    Backward,
+}
+
 impl Plan {
     /// For a device of `count` multiprocessors; `None` where no kernel takes the call.
-    fn new(sizes: &Sizes, aligned: bool, strips: [usize; 3], count: usize) -> Option<Self> {
+    fn new(sizes: &Sizes, aligned: bool, pass: Pass, count: usize) -> Option<Self> {
         let Sizes { batch, length, channels, taps } = *sizes;
         let taps = TAPS.into_iter().find(|most| *most >= taps)?;
         let width = if aligned && channels.is_multiple_of(WIDTH) { WIDTH } else { 1 };
@@ -46,8 +58,18 @@ impl Plan {
         {
             return None;
         }
-        let enough = |strip: &usize| length.div_ceil(*strip) * columns * batch >= count * BLOCKS;
-        let strip = strips.into_iter().find(enough).unwrap_or(strips[2]);
+        let columns = columns * batch;
+        let strip = match pass {
+            Pass::Forward => {
+                let turns = (length.div_ceil(LONGEST) * columns).div_ceil(count * RESIDENT);
+                let strips = (turns * count * RESIDENT / columns).max(1);
+                length.div_ceil(strips).next_multiple_of(GROUP).max(SHORTEST)
+            }
+            Pass::Backward => {
+                let enough = |strip: &usize| length.div_ceil(*strip) * columns >= count * BLOCKS;
+                BACKWARD_STRIPS.into_iter().find(enough).unwrap_or(BACKWARD_STRIPS[2])
+            }
+        };
         Some(Self { taps, width, strip })
     }
 
@@ -254,7 +276,7 @@ impl Saved {
         let stream = device.cuda_stream();
         let dy = dy.map_or_else(|| Ok(self.x.zeros_like()?), strided)?;
         let dfinal = dfinal.map(|dfinal| dfinal.detach().contiguous()).transpose()?;
-        let plan = self.plan(aligned(&self.x) && aligned(&dy), BACKWARD_STRIPS, device)?;
+        let plan = self.plan(aligned(&self.x) && aligned(&dy), Pass::Backward, device)?;
         let plan =
             plan.ok_or_else(|| Error::value("causal_conv1d", "a shape that forward took", "another"))?;
         let grid = plan.grid(&self.sizes);
@@ -290,8 +312,8 @@ impl Saved {
         Ok(gradients)
     }
 
-    fn plan(&self, aligned: bool, strips: [usize; 3], device: &CudaDevice) -> Result<Option<Plan>> {
-        Ok(Plan::new(&self.sizes, aligned, strips, multiprocessors(device)?))
+    fn plan(&self, aligned: bool, pass: Pass, device: &CudaDevice) -> Result<Option<Plan>> {
+        Ok(Plan::new(&self.sizes, aligned, pass, multiprocessors(device)?))
     }
 }
 
@@ -309,9 +331,9 @@ struct Locks<'a> {
 fn recorded<E: Element>(args: &CausalConv1d, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let device = device_of(args.x)?;
     let saved = Saved::new(args, sizes)?;
-    let Some(plan) = saved.plan(aligned(&saved.x), FORWARD_STRIPS, &device)? else { return Ok(None) };
+    let Some(plan) = saved.plan(aligned(&saved.x), Pass::Forward, &device)? else { return Ok(None) };
     // backward may have to read unaligned gradients
-    if saved.plan(false, BACKWARD_STRIPS, &device)?.is_none() {
+    if saved.plan(false, Pass::Backward, &device)?.is_none() {
         return Ok(None);
     }
     let (y, last) = saved.forward::<E>(plan)?;
@@ -339,9 +361,11 @@ mod tests {
     #[test]
     fn strips_are_long_where_there_are_many() {
         let plan = |batch, length, channels, taps, aligned| {
-            Plan::new(&Sizes { batch, length, channels, taps }, aligned, FORWARD_STRIPS, 132)
+            Plan::new(&Sizes { batch, length, channels, taps }, aligned, Pass::Forward, 132)
         };
-        assert_eq!(plan(8, 2048, 1536, 4, true), Some(Plan { taps: 4, width: 4, strip: 32 }));
+        assert_eq!(plan(8, 2048, 1536, 4, true), Some(Plan { taps: 4, width: 4, strip: 64 }));
+        assert_eq!(plan(2, 8192, 5120, 4, true), Some(Plan { taps: 4, width: 4, strip: 212 }));
+        assert_eq!(plan(512, 2048, 4096, 4, true), Some(Plan { taps: 4, width: 4, strip: 256 }));
         assert_eq!(plan(1, 2048, 1536, 3, true), Some(Plan { taps: 4, width: 4, strip: 8 }));
         assert_eq!(plan(1, 10, 7, 2, true), Some(Plan { taps: 2, width: 1, strip: 8 }));
         assert_eq!(plan(1, 10, 8, 9, true), None);

@@ -36,8 +36,10 @@ mod cpu;
 mod cuda;
 mod grad;
 mod plan;
+mod pool;
 mod reference;
 
+pub use pool::{RetentionPool, RetentionPoolConfig};
 pub use reference::retention_reference;
 
 use super::{Form, Segments, accumulation_dtype};

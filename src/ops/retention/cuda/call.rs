@@ -1,15 +1,14 @@
 //! The arguments of the kernels, laid out as `retention.cuh` has them, and their launches.
 
 use super::plan::{Kernel, Plan};
+use super::step::Slots;
 use crate::backend::cuda::{Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of};
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, Shape, Storage, Tensor};
 
-/// Threads of the kernels of `retention_carry.cu`; those and values of a block of `retention_step.cu`; lanes of a warp.
+/// Threads of the kernels of `retention_carry.cu`; lanes of a warp.
 pub(super) const THREADS: usize = 256;
-const STEP_THREADS: u32 = 512;
-const STEP_VALUES: usize = 32;
 pub(super) const LANES: usize = 32;
 
 /// `[B, T, Hx, width]`, steps in elements; `share` heads share one of it.
@@ -23,6 +22,14 @@ pub(super) struct Heads {
     share: i64,
 }
 
+impl Heads {
+    /// `[B, length, heads, width]`, one for each head.
+    pub(super) fn contiguous(data: u64, [length, heads, width]: [usize; 3]) -> Self {
+        let [row, token, head] = [length * heads * width, heads * width, width].map(|n| n as i64);
+        Self { data, row, token, head, share: 1 }
+    }
+}
+
 /// `struct Retention` of `retention.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -34,7 +41,7 @@ pub(super) struct Arguments {
     log_decay: u64,
     marks: u64,
     pub(super) initial: u64,
-    state: u64,
+    pub(super) state: u64,
     pub(super) carried: u64,
     factors: u64,
     key_step: i64,
@@ -80,7 +87,7 @@ pub(super) struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn dims(&self) -> Result<[usize; 5]> {
+    pub(super) fn dims(&self) -> Result<[usize; 5]> {
         let (batch, length, _, keys) = self.q.dims4()?;
         Ok([batch, length, self.decays.heads, keys, self.v.dim(3)?])
     }
@@ -143,20 +150,14 @@ impl Walk<'_> {
         {
             let guards = &mut Guards::default();
             let mut arguments = locks.arguments::<E>(self, device, &stream, guards)?;
-            arguments.o = Heads {
-                data: o.pointer(&stream, guards),
-                row: (length * heads * values) as i64,
-                token: (heads * values) as i64,
-                head: values as i64,
-                share: 1,
-            };
+            arguments.o = Heads::contiguous(o.pointer(&stream, guards), [length, heads, values]);
             arguments.aligned &= (values * size_of::<E>()).is_multiple_of(16) as i32;
             arguments.state = state.pointer(&stream, guards);
             let launcher = Launcher { what, device };
             // SAFETY: as in `states`.
             unsafe {
                 match steps {
-                    true => launcher.step::<E>(self, arguments)?,
+                    true => launcher.step::<E, f32>(self, arguments, Slots::default())?,
                     false => launcher.walk::<E>("retention", self, arguments)?,
                 }
             }
@@ -303,25 +304,6 @@ impl Launcher<'_> {
             dynamic: true,
         };
         // SAFETY: the kernel takes one `Retention`; the caller vouches for what it points at.
-        unsafe { launch.run(&[&Packed(arguments)]) }
-    }
-
-    /// # Safety
-    /// As [`Launcher::walk`].
-    unsafe fn step<E: Element>(&self, walk: &Walk, arguments: Arguments) -> Result<()> {
-        let [batch, _, heads, keys, values] = walk.dims()?;
-        let kernel = Kernel::new(keys, values, &walk.decays.plan);
-        let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
-        let launch = Launch {
-            what: self.what,
-            device: self.device,
-            module: Module::RetentionStep,
-            kernel: &format!("retention_step_{}_{}", E::NAME, kernel.keys),
-            grid: [values.div_ceil(STEP_VALUES), batch * heads, 1],
-            threads: STEP_THREADS,
-            dynamic: false,
-        };
-        // SAFETY: as in `walk`.
         unsafe { launch.run(&[&Packed(arguments)]) }
     }
 

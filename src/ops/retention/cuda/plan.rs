@@ -19,7 +19,7 @@ const NARROW_COST: f64 = 0.8;
 /// Bytes of a state's number.
 const STATE_BYTES: usize = 4;
 /// Bounds of a grid, and of the integers that kernels count with.
-const MOST_BLOCKS: usize = 65_535;
+pub(super) const MOST_BLOCKS: usize = 65_535;
 const MOST_TOKENS: usize = (1 << 31) - 2 * TOKENS;
 
 /// Up to so many tokens go through the kernel of single steps, where no gradient is asked for.
@@ -59,10 +59,21 @@ pub(super) struct Plan {
     pub(super) target: Target,
 }
 
+/// The room that kernels have for so many keys.
+pub(super) fn room(keys: usize) -> Option<usize> {
+    KEYS.into_iter().find(|room| *room >= keys)
+}
+
+/// A layout for the kernel of steps, which knows no segments.
+pub(super) fn one_segment(length: usize) -> Plan {
+    let target = Target { bytes: STATE_BYTES, multiprocessors: 1, hopper: false };
+    Plan { segment: length.max(1).next_multiple_of(TOKENS), narrow: false, target }
+}
+
 impl Kernel {
     /// `None` where none has room.
     pub(super) fn new(keys: usize, values: usize, plan: &Plan) -> Option<Self> {
-        let keys = KEYS.into_iter().find(|room| *room >= keys)?;
+        let keys = room(keys)?;
         let short = plan.target.bytes == 2;
         // a slice's state is what a group has room for
         let narrow = plan.narrow && keys <= WARP_KEYS;

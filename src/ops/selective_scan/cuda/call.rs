@@ -67,6 +67,7 @@ pub(super) struct Scan {
     aligned_coefficients: i32,
     slots: u64,
     counts: u64,
+    pub(super) ungated: u64,
 }
 
 /// The tensors of a call, held: sequences with unit stride, vectors contiguous.

@@ -15,6 +15,8 @@ pub(super) struct Scanned<E: Element> {
     pub(super) state: Buffer<f32>,
     /// The states before every 16 tokens, `[B, L / 16, D, N]`, where asked for.
     pub(super) kept: Option<Buffer<f32>>,
+    /// `y` before the gate, `[B, L, D]`, where states are kept and there is a gate.
+    pub(super) ungated: Option<Buffer<E>>,
 }
 
 /// Scans; keeps states for the way back where asked.
@@ -35,6 +37,10 @@ pub(super) fn forward<E: Element>(
         true => Some(Buffer::<f32>::new(device, numbers * length.div_ceil(KEPT))?),
         false => None,
     };
+    let mut ungated = match keep && prepared.z.is_some() {
+        true => Some(Buffer::<E>::new(device, batch * length * channels)?),
+        false => None,
+    };
     let cut = plan.chunks > 1;
     let mut carried = Buffer::<f32>::new(device, if cut { numbers * plan.chunks } else { 1 })?;
     let mut span = Buffer::<f32>::new(device, if cut { batch * plan.chunks * channels } else { 1 })?;
@@ -45,6 +51,7 @@ pub(super) fn forward<E: Element>(
         scan.y = contiguous(y.pointer(&stream, guards), sizes);
         scan.state = state.pointer(&stream, guards);
         scan.kept = kept.as_mut().map_or(0, |kept| kept.pointer(&stream, guards));
+        scan.ungated = ungated.as_mut().map_or(0, |ungated| ungated.pointer(&stream, guards));
         let launch = Launcher { what: &name(sizes), device, sizes, plan };
         // SAFETY: `Locks` gives pointers and steps of tensors whose shapes were checked, and the buffers have the sizes
         // that the kernels fill.
@@ -63,5 +70,5 @@ pub(super) fn forward<E: Element>(
             }
         }
     }
-    Ok(Scanned { y, state, kept })
+    Ok(Scanned { y, state, kept, ungated })
 }

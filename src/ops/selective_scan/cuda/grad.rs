@@ -24,7 +24,7 @@ pub(super) fn recorded<E: Element>(
     let keep = inputs.iter().any(|x| x.track_op());
     let device = device_of(args.u)?;
     let prepared = Prepared::new(args)?.detached();
-    let Scanned { y, state, kept } = forward::<E>(&prepared, &sizes, &plans, keep)?;
+    let Scanned { y, state, kept, ungated } = forward::<E>(&prepared, &sizes, &plans, keep)?;
     let y_shape = (sizes.batch, sizes.length, sizes.channels);
     let state_shape = (sizes.batch, sizes.channels, sizes.states);
     let Some(kept) = kept else {
@@ -32,9 +32,11 @@ pub(super) fn recorded<E: Element>(
     };
     let tiles = sizes.length.div_ceil(KEPT);
     let kept = kept.tensor(&device, (sizes.batch, tiles, sizes.channels, sizes.states));
+    let ungated = ungated.map(|ungated| ungated.tensor(&device, y_shape));
     let outputs = [(y.storage(&device), y_shape.into()), (state.storage(&device), state_shape.into())];
     let [y, state] = record("selective_scan", &inputs, outputs, move |[dy, dstate]| {
-        let gradients = backward::<E>(&prepared, &sizes, &plans.backward, &kept, dy, dstate);
+        let kept = (&kept, ungated.as_ref());
+        let gradients = backward::<E>(&prepared, &sizes, &plans.backward, kept, dy, dstate);
         Ok(within(|| name(&sizes) + ", backward", gradients)?)
     })?;
     Ok((y, state))
@@ -58,12 +60,12 @@ impl Prepared {
     }
 }
 
-/// The gradients in the order of the recorded inputs.
+/// The gradients in the order of the recorded inputs, from what forward kept: states, and `y` before the gate if there is one.
 fn backward<E: Element>(
     prepared: &Prepared,
     sizes: &Sizes,
     plan: &Plan,
-    kept: &Tensor,
+    (kept, ungated): (&Tensor, Option<&Tensor>),
     dy: Option<&Tensor>,
     dstate: Option<&Tensor>,
 ) -> Result<Gradients> {
@@ -91,11 +93,14 @@ fn backward<E: Element>(
 
     let args = prepared.args();
     let locks = Locks::new(&args, prepared.marks.as_ref(), Some(&dy));
-    let (kept, dstate) = (Held::new(kept), dstate.as_ref().map(Held::new));
+    let (kept, ungated, dstate) = (Held::new(kept), ungated.map(Held::new), dstate.as_ref().map(Held::new));
     {
         let guards = &mut Guards::default();
         let mut scan = locks.scan::<E>(sizes, plan, prepared.softplus, device, &stream, guards)?;
         scan.kept = kept.pointer("selective_scan: kept states", device, &stream, guards)?;
+        if let Some(ungated) = &ungated {
+            scan.ungated = ungated.pointer("selective_scan: y before the gate", device, &stream, guards)?;
+        }
         scan.initial = match &dstate {
             Some(dstate) => {
                 dstate.pointer("selective_scan: gradient of the state", device, &stream, guards)?

@@ -68,20 +68,26 @@ impl Form {
 }
 
 /// A form of a kernel, and how long a token of a block takes, in nanoseconds of an H100: `work` times the blocks of a
-/// multiprocessor, and `wait`, shared by them, that they leave it idle; `summary` is what the first walk through a chunk
-/// costs beside the second. All measured, see the kernels.
+/// multiprocessor, and `wait`, shared by them, that they leave it idle; `resident` of them run at a time. `summary` is what
+/// the first walk through a chunk costs beside the second. All measured, see the kernels.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     form: Form,
     work: f64,
     wait: f64,
+    resident: usize,
     summary: f64,
 }
 
 impl Candidate {
+    /// A token of so many blocks of a multiprocessor.
     fn token(&self, blocks: usize) -> f64 {
-        let blocks = blocks.max(1) as f64;
-        self.work * blocks + self.wait / blocks
+        let (turns, rest) = (blocks / self.resident, blocks % self.resident);
+        let together = |blocks: usize| match blocks {
+            0 => 0.0,
+            _ => self.work * blocks as f64 + self.wait / blocks as f64,
+        };
+        turns as f64 * together(self.resident) + together(rest)
     }
 }
 
@@ -90,11 +96,14 @@ impl Candidate {
 const SUMMARY_TOKENS: usize = 4096;
 const SUMMARY_LAUNCHES: f64 = 5_000.0;
 /// The first walk beside the second.
-const FORWARD_SUMMARY: f64 = 0.7;
-const BACKWARD_SUMMARY: f64 = 0.1;
+const FORWARD_SUMMARY: f64 = 0.9;
+const BACKWARD_SUMMARY: f64 = 0.12;
 /// The work for each number of a state that a block's lanes hold.
 const FORWARD_WORK: f64 = 112.0 / 2048.0;
-const BACKWARD_WORK: f64 = 260.0 / 1024.0;
+const BACKWARD_WORK: f64 = 183.0 / 1024.0;
+/// Blocks of few numbers in a lane that run on a multiprocessor at a time, and of others.
+const FEW_RESIDENT: usize = 4;
+const RESIDENT: usize = 3;
 
 /// What a plan is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,21 +119,22 @@ impl Pass {
     fn candidates(self, states: usize) -> Vec<Candidate> {
         let holding = |per, own, each: f64, wait, summary| {
             let form = Form::holding(per, own, states)?;
-            Some(Candidate { form, work: each * (THREADS * per * own) as f64, wait, summary })
+            let work = each * (THREADS * per * own) as f64;
+            Some(Candidate { form, work, wait, resident: RESIDENT, summary })
         };
         let wide = holding(2, 8, FORWARD_WORK, 64.0, FORWARD_SUMMARY);
         let all = match self {
             Self::Backward => {
-                let back = |per, own| holding(per, own, BACKWARD_WORK, 100.0, BACKWARD_SUMMARY);
+                let back = |per, own| holding(per, own, BACKWARD_WORK, 60.0, BACKWARD_SUMMARY);
                 [back(2, 4).or_else(|| back(1, 8)), None, None]
             }
             // the kernels with few numbers in a lane are made for the states of Mamba
             Self::Aligned if (9..=16).contains(&states) => {
                 let few = |per, work, wait| {
                     let form = Form { per, states: 4, split: 4 };
-                    Some(Candidate { form, work, wait, summary: FORWARD_SUMMARY })
+                    Some(Candidate { form, work, wait, resident: FEW_RESIDENT, summary: FORWARD_SUMMARY })
                 };
-                [few(1, 31.0, 25.0), few(2, 58.0, 50.0), wide]
+                [few(1, 27.5, 15.0), few(2, 51.5, 50.0), wide]
             }
             Self::Aligned | Self::Forward => [wide, None, None],
         };
@@ -237,6 +247,19 @@ mod tests {
         };
         assert_eq!(kernel(8, 2048, 1536).as_deref(), Some("1x4x4"));
         assert_eq!(kernel(8, 2048, 4096).as_deref(), Some("2x4x4"));
+        assert_eq!(kernel(64, 200, 1536).as_deref(), Some("2x4x4"));
+        assert_eq!(kernel(2, 8192, 5120).as_deref(), Some("1x4x4"));
+    }
+
+    #[test]
+    fn blocks_beyond_those_that_run_at_a_time_wait_for_them() {
+        for pass in [Pass::Aligned, Pass::Forward, Pass::Backward] {
+            for candidate in pass.candidates(16) {
+                let (all, one) = (candidate.token(candidate.resident), candidate.token(1));
+                assert_eq!(candidate.token(2 * candidate.resident + 1), 2.0 * all + one);
+                assert!(all < candidate.resident as f64 * one);
+            }
+        }
     }
 
     #[test]

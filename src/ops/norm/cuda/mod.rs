@@ -1,4 +1,7 @@
-//! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`.
+//! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`. Norms of heads that a
+//! gate follows have kernels of their own, in [`heads`].
+
+mod heads;
 
 use super::{Norm, NormInput, NormKind};
 use crate::autograd::{Gradients, record_all};
@@ -98,6 +101,9 @@ pub(super) fn on_cuda(
         (DType::F16, _) => recorded::<f16, f16>,
         _ => return Ok(None),
     };
+    if let Some(y) = heads::on_cuda(name, input, norm, group)? {
+        return Ok(Some((y, None)));
+    }
     let rows = input.x.elem_count() / input.x.dims().last().copied().unwrap_or(1).max(1);
     if rows == 0 || rows > i32::MAX as usize {
         return Ok(None);

@@ -1,0 +1,71 @@
+//! The kernel of steps, through a state of its own for every row or through those of a pool; see `retention_step.cu`.
+
+use super::call::{Arguments, Launcher, Walk};
+use super::plan;
+use crate::backend::cuda::{Element, Launch, Module, Packed};
+use crate::{Error, Result};
+
+/// Values of a block, and keys of a thread that it shares with those of as many values.
+const VALUES: usize = 32;
+const KEYS: usize = 8;
+const ACROSS: usize = 8;
+
+/// What a call through a pool does: `enum Mode` of `retention_step.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Its tokens stay.
+    Step = 0,
+    /// They do not.
+    Draft = 1,
+    /// The states take all that their rows have yet to give them.
+    Fold = 2,
+}
+
+/// `struct Pool` of `retention_step.cu`: nowhere without a pool.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Slots {
+    pub(super) slots: u64,
+    pub(super) buffered: u64,
+    pub(super) taken: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) decays: u64,
+    pub(super) room: i32,
+    pub(super) mode: i32,
+}
+
+/// `struct Step` of `retention_step.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    arguments: Arguments,
+    slots: Slots,
+}
+
+impl Launcher<'_> {
+    /// A step of sequences of `E` through states of `S`.
+    ///
+    /// # Safety
+    /// The pointers of `arguments` and `slots` lead to what their sizes say, and every slot is one of the pool, at most once.
+    pub(super) unsafe fn step<E: Element, S: Element>(
+        &self,
+        walk: &Walk,
+        arguments: Arguments,
+        slots: Slots,
+    ) -> Result<()> {
+        let [batch, _, heads, keys, values] = walk.dims()?;
+        let room = plan::room(keys).ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
+        let launch = Launch {
+            what: self.what,
+            device: self.device,
+            module: Module::RetentionStep,
+            kernel: &format!("retention_step_{}_{}_{room}", E::NAME, S::NAME),
+            grid: [values.div_ceil(VALUES), batch * heads, 1],
+            threads: (room / KEYS * ACROSS) as u32,
+            dynamic: false,
+        };
+        // SAFETY: the kernel takes one `Step`; the caller vouches for what it points at.
+        unsafe { launch.run(&[&Packed(Step { arguments, slots })]) }
+    }
+}
