@@ -10,6 +10,7 @@ struct Norm {
     const float *weight, *bias; // [K]; the bias may be null
     int layer, outside;
     float eps;
+    int padding;
 };
 
 struct Phase {

@@ -19,6 +19,7 @@ pub(super) struct Norm {
     pub(super) layer: i32,
     pub(super) outside: i32,
     pub(super) eps: f32,
+    pub(super) padding: i32,
 }
 
 /// `struct Phase`
