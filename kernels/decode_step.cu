@@ -14,7 +14,7 @@
 // many rows the words themselves, eight bytes for four, read by every block.
 #include "common/decode_mamba.cuh"
 
-constexpr int AHEAD = 1; // phases between a hint and the copies of its phase's weights
+constexpr int AHEAD = 4; // phases: a layer of Mamba
 constexpr int NEAR = 4;  // phases at hand: the next one, and two that warps may be apart
 constexpr int MOST_SHAPES = 8;
 

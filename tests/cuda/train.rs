@@ -154,28 +154,34 @@ fn the_optimizer() {
 #[test]
 fn steps_of_training() {
     let Some(device) = gpu() else { return };
-    let configs = [ModelConfig::mamba(48, 2, 61), ModelConfig::retnet(64, 2, 61)];
-    for (config, dtype) in configs.iter().flat_map(|c| [(c, DType::F32), (c, DType::BF16)]) {
+    let configs = [ModelConfig::mamba(64, 3, 61), ModelConfig::retnet(64, 3, 61)];
+    for (config, (dtype, tolerance)) in
+        configs.iter().flat_map(|c| [(DType::F32, 1e-3), (DType::BF16, 4e-2)].map(|precision| (c, precision)))
+    {
         let losses = |device: &Device, recompute: bool| {
-            let mut model = LanguageModel::init(config, 3, dtype, device).unwrap();
+            let mut model = LanguageModel::init(config, 4, dtype, device).unwrap();
             model.set_recompute(recompute);
-            let mut trainer = Trainer::new(model, TrainerConfig::new(Schedule::cosine(1e-2, 1, 12))).unwrap();
-            let ids: Vec<u32> = (0..2 * 41).map(|i| (i * i % 61) as u32).collect();
-            let ids = Tensor::from_vec(ids, (2, 41), device).unwrap();
-            let part = |start| ids.narrow(1, start, 40).unwrap().contiguous().unwrap();
+            let mut settings = TrainerConfig::new(Schedule::constant(3e-3));
+            // With the usual 1e-8, gradients that are nothing but rounding move their parameters by whole steps: a change of
+            // the weights by 1e-7 then changes the loss of this RetNet by 4e-4 in 15 steps, with 1e-4 by 2e-7.
+            settings.optimizer.epsilon = 1e-4;
+            let mut trainer = Trainer::new(model, settings).unwrap();
+            let random = &mut Random::new(5);
+            let ids: Vec<u32> = (0..4 * 33).map(|_| random.int(0, 60) as u32).collect();
+            let ids = Tensor::from_vec(ids, (4, 33), device).unwrap();
+            let part = |start| ids.narrow(1, start, 32).unwrap().contiguous().unwrap();
             let batch = Batch::new(part(0), part(1));
             let step = |_| trainer.step(std::slice::from_ref(&batch)).unwrap().loss;
-            (0..12).map(step).collect::<Vec<f64>>()
+            (0..15).map(step).collect::<Vec<f64>>()
         };
         let want = losses(&Device::Cpu, false);
         for recompute in [false, true] {
             let got = losses(&device, recompute);
-            let tolerance = if dtype == DType::F32 { 1e-3 } else { 5e-2 };
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                 assert!((got - want).abs() < tolerance * want, "{dtype:?} step {i}: loss {got}, {want}");
             }
             assert_eq!(got, losses(&device, recompute), "the same steps twice");
         }
-        assert!(want[11] < 0.7 * want[0], "{want:?}");
+        assert!(want[14] < 0.8 * want[0], "{want:?}");
     }
 }

@@ -104,6 +104,8 @@ pub(super) struct Step {
     pub(super) y: u64,
     pub(super) selected: u64,
     pub(super) best: u64,
+    pub(super) copies: i32,
+    pub(super) apart: i32,
     pub(super) epoch: u64,
     pub(super) drafts: u64,
     pub(super) own_channels: i32,
