@@ -9,8 +9,8 @@
 // causal_conv1d_sum in order.
 // Forward keeps 12 tokens of a thread on their way through shared memory (16 KB a block in bf16), which registers could not
 // hold, and strips are as long as lets all blocks run at once: launches and last waves cost as much as memory else.
-// Registers (4 taps): forward 75, 6 blocks a multiprocessor, backward 158. One H100, K 4, bf16, beside a copy of as many
-// bytes in the same run: 130m 0.045 ms (84% of the copy's speed), 2.8b-8k 0.129 (89%). 16-byte accesses with the next four
+// Registers (4 taps): forward 64, 8 blocks a multiprocessor, backward 158. One H100, K 4, bf16, beside a copy of as many
+// bytes in the same run: 130m 0.0445 ms (85% of the copy's speed), 2.8b-8k 0.130 (89%). 16-byte accesses with the next four
 // tokens in registers, 159 of them, took 0.167; the next four of 8 bytes in registers 0.144. Faster still: backward's shares
 // summed within a block first.
 #include "common/types.cuh"
@@ -49,7 +49,10 @@ template <typename E, int TAPS, int WIDTH> struct Walk {
         row = blockIdx.z;
         begin = blockIdx.x * p.strip;
         end = min(begin + p.strip, p.length);
-        if (!live) return;
+    }
+
+    // The filter, and an empty window.
+    __device__ void load_filter() {
 #pragma unroll
         for (int k = 0; k < TAPS; ++k)
 #pragma unroll
@@ -174,6 +177,7 @@ __device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk, Ring<E,
     };
     int t = walk.begin;
     if constexpr (WIDTH == 1) {
+        walk.load_filter();
         walk.look_back();
         for (; t < walk.end; ++t, from += p.x.token) use(*reinterpret_cast<const Elements *>(from), t);
     } else {
@@ -187,6 +191,7 @@ __device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk, Ring<E,
         };
 #pragma unroll
         for (int slot = 0; slot + 1 < DEPTH; ++slot) ask(slot);
+        walk.load_filter();
         walk.look_back();
         int slot = 0;
         for (; t + AHEAD <= walk.end; t += AHEAD, slot = (slot + 1) % DEPTH) {
@@ -226,6 +231,7 @@ template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p
 template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &p) {
     Walk<E, TAPS, WIDTH> walk(p);
     if (!walk.live) return;
+    walk.load_filter();
     walk.look_back();
     constexpr int NONE = -1000000;
     // the gradients of the window's inputs so far, and whose they are: a token, or slot k of the initial state as -k

@@ -13,7 +13,7 @@
 // registers (222), no spills: 3 blocks (2) a multiprocessor, before Hopper 2.
 // Bytes: u, delta, z, dy, y, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a
 // token and block for dB and dC written.
-// One H100, N 16, bf16, with everything around it: 130m 0.72 ms, 1.4b 1.70, 2.8b-8k 2.38, 2.8b-64k 9.4, 130m-256k 10.0,
+// One H100, N 16, bf16, with everything around it: 130m 0.72 ms, 1.4b 1.70, 2.8b-8k 2.28, 2.8b-64k 9.05, 130m-256k 9.8,
 // short 0.50. ncu (1.4b): 28 instructions a number of the state, 17 of them in the walk back; IPC 2.3, FMA 33% busy,
 // special functions 34%, shared memory 62%, DRAM 21%: latency of shared memory binds, with 12 warps a multiprocessor. Sums
 // over channels by the tensor cores (numbers in two parts) took 39 instructions and were slower; eight numbers in a lane

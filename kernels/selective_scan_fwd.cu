@@ -11,8 +11,8 @@
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
 // that of memory (8 B D L bytes in bf16 at 3.02 TB/s). Softplus and gate add 3 to the 16, and the clock is 1.7 GHz, not
 // 1.98, while these run: 1.36 of that floor is what the special functions allow.
-// One H100, bf16, ms (share of the floor): 130m 0.182 (53%), 1.4b 0.444 (58%), 2.8b-8k 0.709 (45%), 2.8b-64k 2.82 (45%),
-// 130m-256k 3.11 (50%; 8 rows of 32768 tokens 2.83), short 0.138 (54%).
+// One H100, bf16, ms (share of the floor): 130m 0.181 (53%), 1.4b 0.436 (59%), 2.8b-8k 0.704 (46%), 2.8b-64k 2.76 (46%),
+// 130m-256k 3.09 (50%; 8 rows of 32768 tokens 2.79), short 0.135 (56%).
 // ncu: one by four 9.5 instructions a number of the state, 6.2 of them in the walk, two by four 8.9 and 5.7; IPC 2.6,
 // special functions 60% and 68% busy, shared memory 70% and 64%, DRAM 25%. Issue slots, special functions and shared memory
 // are each two thirds busy, with 12 to 16 warps: their latencies bind. Whole tiles ask no questions for that reason: half of
@@ -210,7 +210,7 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     fetch(0, m.marks[0], at.begin);
     // while the first tile is on its way
     typename F::States a, h = {};
-    lane.load(a, p.a, n, LOG2E);
+    lane.load(a, p.a, n, 1.0f); // all of these are on their way before the first is used
     if (p.carried)
         lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
     else if (p.initial)
@@ -220,6 +220,10 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
         float skip = p.d && k < at.count ? p.d[at.first + k] : 0.0f;
         m.bias[k] = bias, m.skip[k] = skip;
     }
+#pragma unroll
+    for (int k = 0; k < F::PER; ++k)
+#pragma unroll
+        for (int s = 0; s < F::STATES; ++s) a[k][s] *= LOG2E;
     __syncthreads();
     int buffer = 0, turn = 0;
     float *kept = p.kept;

@@ -132,7 +132,8 @@ template <typename E, bool MANY> struct Recurrence {
 #pragma unroll 1
         for (int task = warp_of(); task < p.rows * 3; task += WARPS) {
             int kind = task % 3, size = kind ? p.states : p.rank;
-            E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch) + (kind ? p.rank + (kind - 1) * p.states : 0);
+            E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch);
+            x += kind ? p.rank + (kind - 1) * p.states : 0;
             float sum = 0.0f;
 #pragma unroll 1
             for (int i = lane; i < size; i += LANES) sum = fmaf(widen(x[i]), widen(x[i]), sum);
@@ -187,7 +188,7 @@ template <typename E, bool MANY> struct Recurrence {
                 float next = __shfl_down_sync(~0u, y, split);
                 if (!live || lane > 0) continue;
                 int64_t to = int64_t(row) * p.channels + channel;
-                if (own % PACK<E> == 0) p.copies.publish(p.y + to / PACK<E>, pack(narrow<E>(y), narrow<E>(next)), b.mark);
+                if (own % PACK<E> == 0) publish(p.y + to / PACK<E>, pack(narrow<E>(y), narrow<E>(next)), b.mark);
                 if (!p.keep) static_cast<E *>(p.drafts[phase.layer].delta)[to] = delta;
             }
             if (live && slot >= 0 && p.keep) part.store(state(), h);
@@ -208,7 +209,7 @@ __device__ void mix(Block<E, MANY> &b, const Phase &phase, const Share &share, c
         if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
         E next = narrow<E>(__shfl_down_sync(~0u, u, 1));
         if (!task.live) continue;
-        if (task.segment == 0 && task.own % PACK<E> == 0) p.copies.publish(p.u + at / PACK<E>, pack(y, next), b.mark);
+        if (task.segment == 0 && task.own % PACK<E> == 0) publish(p.u + at / PACK<E>, pack(y, next), b.mark);
         (task.segment ? b.own_z : b.own_u)[own] = widen(y);
         if (p.keep || task.segment) continue;
         static_cast<E *>(p.drafts[phase.layer].x)[at] = x;
@@ -223,9 +224,9 @@ template <typename E, bool MANY> __device__ void select(Block<E, MANY> &b, const
         float value = task.value(share, t), next = __shfl_down_sync(~0u, value, 1);
         Word *row = b.p.selected + (task.row + t) * words;
         if (!task.live) continue;
-        if (task.own % PACK<E> == 0) b.p.copies.publish(row + w, pack(narrow<E>(value), narrow<E>(next)), b.mark);
+        if (task.own % PACK<E> == 0) publish(row + w, pack(narrow<E>(value), narrow<E>(next)), b.mark);
         // the word that makes a pair of the last one
-        if (w + 2 == words && task.output + 1 == share.outputs) b.p.copies.publish(row + w + 1, 0, b.mark);
+        if (w + 2 == words && task.output + 1 == share.outputs) publish(row + w + 1, 0, b.mark);
     }
 }
 template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task &task) {
@@ -236,7 +237,7 @@ template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Sh
         float *own = b.own_stream + (task.row + t) * p.own_hidden + task.own;
         float sum = *own + widen(narrow<E>(task.value(share, t)));
         if (!p.wide) sum = widen(narrow<E>(sum));
-        p.copies.publish(p.stream + (task.row + t) * p.hidden + task.output, __float_as_uint(sum), b.mark);
+        publish(p.stream + (task.row + t) * p.hidden + task.output, __float_as_uint(sum), b.mark);
         *own = sum;
     }
 }
@@ -249,7 +250,7 @@ template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const S
 }
 
 constexpr int HINTS = 6;
-// A layer ahead, a part for each warp: what the phase reads beside its weights.
+// A part for each warp: what the phase reads beside its weights.
 template <typename E> __device__ void hints(const Step &p, const Phase &phase, const Share &share, int warp) {
     int sequences = 1, each = 0;
     const void *from = nullptr;

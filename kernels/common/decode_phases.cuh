@@ -10,6 +10,7 @@ struct Norm {
     const float *weight, *bias; // [K]; the bias may be null
     int layer, outside;
     float eps;
+    int padding;
 };
 
 struct Phase {
@@ -48,7 +49,6 @@ struct Step {
     Word *stream;           // [R, hidden], f32
     Word *u, *y, *selected; // [R, D], [R, D], [R, rank + 2 N], elements
     Word *best;             // [blocks, MOST_ROWS, 2]
-    Copies copies;          // of all words
     unsigned *epoch;        // the mark before the step's first, and the blocks that are done
     const Draft *drafts;    // of each layer; or null
     // of shared memory: a block's own channels and its own part of the stream; bytes of sums, and of a warp's activations;
@@ -103,8 +103,8 @@ template <typename E, bool MANY> struct Block {
         int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
         pitch = pitch_of(share.groups);
         if (rows.live)
-            receive<WORDS>(p.copies.own(phase.from) + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs, min(pairs, row_pairs - first),
-                    mark - 1, x + rows.own * pitch);
+            receive<WORDS>(phase.from + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
+                           min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch);
         __syncwarp();
     }
     // What was selected, for all warps.
@@ -115,7 +115,7 @@ template <typename E, bool MANY> struct Block {
             for (; i >= pairs; i -= pairs) ++r;
             if (r >= p.rows) break;
             Words w = {};
-            const Word *from = p.copies.own(phase.from) + 2 * (int64_t(r) * row_pairs + i);
+            const Word *from = phase.from + 2 * (int64_t(r) * row_pairs + i);
             if (i < row_pairs)
                 do w = peek_two(from);
                 while (mark_of(w.at[0]) != mark - 1 || mark_of(w.at[1]) != mark - 1);
@@ -142,7 +142,7 @@ template <typename E, bool MANY> struct Block {
         char *own = x + rows.own * pitch;
         if (!rows.live) end = 0;
         if (!first && rows.live)
-            receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end, mark - 1, own);
+            receive<WORDS>(p.stream + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end, mark - 1, own);
         else if (first)
 #pragma unroll 1
             for (int i = rows.begin; i < end; i += rows.lanes)
@@ -281,7 +281,7 @@ template <typename E> __device__ void choose(const Step &p, const Share &share, 
     }
     best.over_warp();
     Word *to = p.best + (int64_t(blockIdx.x) * MOST_ROWS + row) * 2;
-    if (lane < 2) p.copies.publish(to + lane, lane ? best.place : __float_as_uint(best.value), mark);
+    if (lane < 2) publish(to + lane, lane ? best.place : __float_as_uint(best.value), mark);
     if (blockIdx.x > 0) return;
     best = Best();
 #pragma unroll 1

@@ -240,7 +240,8 @@ template <> struct Tile<float> {
 // The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
 // activations, rows `pitch` apart; `zeros` stand for rows that are not there.
 template <typename E>
-__device__ void multiply(Ring &ring, const Share &share, uint32_t x, uint32_t zeros, int pitch, int rows, int tiles, float *sums) {
+__device__ void multiply(Ring &ring, const Share &share, uint32_t x, uint32_t zeros, int pitch, int rows, int tiles,
+                         float *sums) {
     int g = lane_of() / 4, step = share.size * GROUP;
     if (sizeof(E) == 2) {
         if (g >= rows) step = 0;

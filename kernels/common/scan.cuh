@@ -18,7 +18,7 @@ constexpr uint8_t START = 1;
 constexpr uint8_t PAD = 2;
 
 // A carried state whose weight has fallen to 2^-NEGLIGIBLE counts as forgotten: f32 keeps 24 bits, sequences of 16 bits 11.
-template <typename E> constexpr float NEGLIGIBLE = sizeof(E) == 4 ? 26.0f : 20.0f;
+template <typename E> constexpr float NEGLIGIBLE = sizeof(E) == 4 ? 26.0f : 18.0f;
 
 // A [B, L, D] tensor; steps in elements.
 struct Sequence {

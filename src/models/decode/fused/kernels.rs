@@ -19,6 +19,7 @@ pub(super) struct Norm {
     pub(super) layer: i32,
     pub(super) outside: i32,
     pub(super) eps: f32,
+    pub(super) padding: i32,
 }
 
 /// `struct Phase`
@@ -103,8 +104,6 @@ pub(super) struct Step {
     pub(super) y: u64,
     pub(super) selected: u64,
     pub(super) best: u64,
-    pub(super) copies: i32,
-    pub(super) apart: i32,
     pub(super) epoch: u64,
     pub(super) drafts: u64,
     pub(super) own_channels: i32,

@@ -29,8 +29,6 @@ const COUNTS: usize = 2 * MOST_ROWS;
 const CHOSEN: usize = 3 * MOST_ROWS;
 /// A slot that no row has, for the kernels.
 const IDLE: u32 = u32::MAX;
-/// Copies of all words, so that not all blocks ask for the same lines of L2.
-const WORD_COPIES: usize = 2;
 /// Marks that words bear before all of them are taken back.
 const MOST_MARKS: usize = 1 << 31;
 
@@ -70,9 +68,8 @@ struct Words {
     /// The kernel's mark, and how many of its blocks are done.
     epoch: CudaSlice<u32>,
     epoch_pointer: u64,
-    /// Where the stream, u, y, what is selected and the best logits begin in the first copy; words of a copy.
+    /// Where the stream, u, y, what is selected and the best logits begin.
     places: [u64; 5],
-    apart: usize,
     /// Marks since they were zeros.
     marks: usize,
 }
@@ -117,8 +114,7 @@ impl Words {
         // pairs of words are whole pieces of 16 bytes
         let widths = [sizes.hidden, sizes.channels, sizes.channels, sizes.selected() + 2, 2 * blocks];
         let counts = widths.map(|width| (MOST_ROWS * width).next_multiple_of(2));
-        let apart = counts.iter().sum();
-        let mut slice = device.alloc_zeros::<u64>(WORD_COPIES * apart)?;
+        let mut slice = device.alloc_zeros::<u64>(counts.iter().sum())?;
         let mut place = pointer_of(&mut slice, stream);
         let places = counts.map(|count| {
             let own = place;
@@ -127,7 +123,7 @@ impl Words {
         });
         let mut epoch = device.alloc_zeros::<u32>(2)?;
         let epoch_pointer = pointer_of(&mut epoch, stream);
-        Ok(Self { slice, epoch, epoch_pointer, places, apart, marks: 0 })
+        Ok(Self { slice, epoch, epoch_pointer, places, marks: 0 })
     }
 
     /// Room for so many marks more: none comes twice as long as a word may bear it.

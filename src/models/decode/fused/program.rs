@@ -25,10 +25,10 @@ pub(super) struct Program {
     layouts: Vec<(usize, Layout)>,
 }
 
-/// Structs of 8-byte pieces.
+/// Structs of `kernels`.
 pub(super) fn to_device<T: Copy>(table: &[T], device: &CudaDevice) -> Result<CudaSlice<u64>> {
     debug_assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() >= 8);
-    // SAFETY: the structs are `Copy`, `repr(C)`, of 8-byte pieces, and their padding is never read.
+    // SAFETY: the structs of `kernels` are `Copy`, `repr(C)`, and all of their bytes are fields: whole pieces of 8 bytes.
     let pieces = unsafe {
         std::slice::from_raw_parts(table.as_ptr().cast::<u64>(), size_of_val(table) / size_of::<u64>())
     };
@@ -42,6 +42,7 @@ fn norm(norm: &weights::Norm) -> Norm {
         layer: (norm.kind == NormKind::Layer) as i32,
         outside: (norm.kind == NormKind::RmsOutside) as i32,
         eps: norm.eps,
+        padding: 0,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::kernels::{Accept, Step};
 use super::layout::THREADS;
 use super::program::EACH;
-use super::{CHOSEN, COUNTS, Fused, IDS, SLOTS, Shape, WORD_COPIES};
+use super::{CHOSEN, COUNTS, Fused, IDS, SLOTS, Shape};
 use crate::backend::cuda::{Element, Launch, Module};
 use crate::{Error, Result};
 use candle_core::DType;
@@ -63,8 +63,6 @@ impl Fused {
             y,
             selected,
             best,
-            copies: WORD_COPIES as i32,
-            apart: self.words.apart as i32,
             epoch: self.words.epoch_pointer,
             drafts: self.drafts.as_ref().map_or(0, |drafts| drafts.pointer),
             own_channels: layout.own_channels as i32,
