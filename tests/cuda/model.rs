@@ -50,14 +50,16 @@ fn generates_what_the_cpu_generates() {
 #[test]
 fn training_goes_as_on_the_cpu() {
     let Some(device) = gpu() else { return };
-    let configs = [ModelConfig::mamba(64, 3, VOCABULARY), ModelConfig::retnet(64, 3, VOCABULARY)];
-    for (config, (dtype, tolerance)) in configs
+    // at ten times its rate a RetNet of f32 strays from one of f64 by as much as the tolerance, on the CPU alone
+    let configs =
+        [(ModelConfig::mamba(64, 3, VOCABULARY), 3e-3), (ModelConfig::retnet(64, 3, VOCABULARY), 3e-4)];
+    for ((config, rate), (dtype, tolerance)) in configs
         .iter()
         .flat_map(|config| [(DType::F32, 1e-3), (DType::BF16, 2e-2)].map(|precision| (config, precision)))
     {
         let losses = |device: &Device| -> Vec<f64> {
             let model = LanguageModel::init(config, 4, dtype, device).unwrap();
-            let mut trainer = Trainer::new(model, TrainerConfig::new(Schedule::constant(3e-3))).unwrap();
+            let mut trainer = Trainer::new(model, TrainerConfig::new(Schedule::constant(*rate))).unwrap();
             let random = &mut Random::new(5);
             let all = ids(random, 4, 33, device);
             let part = |start| all.narrow(1, start, 32).unwrap().contiguous().unwrap();
