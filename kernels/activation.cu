@@ -1,7 +1,8 @@
 // Activations and gates, elementwise, forward and backward; src/ops/activation has the formulas.
 //
-// Rows of `width` numbers each, which lie apart where they are slices of wider ones; a thread takes 16 bytes of every tensor
-// (one number where rows do not begin on 16 bytes) and goes on a grid further. Bytes: every tensor once; memory is the floor.
+// Rows of `width` numbers each, which lie apart where they are slices of wider ones; a thread takes 16 bytes of every
+// tensor (one number where rows do not begin on 16 bytes) and goes on a grid further. Bytes: every tensor once; memory is
+// the floor.
 #include "common/types.cuh"
 
 constexpr int THREADS = 256;
@@ -31,7 +32,8 @@ template <int KIND> __device__ __forceinline__ float value(float x) {
 }
 template <int KIND> __device__ __forceinline__ float slope(float x) {
     if (KIND == SILU) return silu_slope(x, sigmoid(x));
-    if (KIND == GELU) return fmaf(0.3989422804f * x, exp2_fast(-0.5f * LOG2E * x * x), 0.5f * (1.0f + erff(0.70710678f * x)));
+    if (KIND == GELU)
+        return fmaf(0.3989422804f * x, exp2_fast(-0.5f * LOG2E * x * x), 0.5f * (1.0f + erff(0.70710678f * x)));
     if (KIND == GELU_TANH) {
         float t = tanhf(0.7978845608f * fmaf(0.044715f * x * x, x, x));
         return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608f * fmaf(3.0f * 0.044715f * x, x, 1.0f);
@@ -82,16 +84,16 @@ template <typename E, int W, int KIND> __device__ void backward(const Call &p) {
     });
 }
 
-#define KERNELS(E, W, WIDTH, KIND)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        activation_fwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { forward<E, W, KIND>(p); }               \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+#define KERNELS(E, W, WIDTH, KIND)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        activation_fwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { forward<E, W, KIND>(p); }              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         activation_bwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { backward<E, W, KIND>(p); }
-#define KINDS(E, W, WIDTH)                                                                                              \
-    KERNELS(E, W, WIDTH, SILU)                                                                                          \
-    KERNELS(E, W, WIDTH, GELU)                                                                                          \
-    KERNELS(E, W, WIDTH, GELU_TANH)                                                                                     \
-    KERNELS(E, W, WIDTH, RELU)                                                                                          \
+#define KINDS(E, W, WIDTH)                                                                                             \
+    KERNELS(E, W, WIDTH, SILU)                                                                                         \
+    KERNELS(E, W, WIDTH, GELU)                                                                                         \
+    KERNELS(E, W, WIDTH, GELU_TANH)                                                                                    \
+    KERNELS(E, W, WIDTH, RELU)                                                                                         \
     KERNELS(E, W, WIDTH, IDENTITY)
 #define WIDTHS(E) KINDS(E, 16 / sizeof(E), pieces) KINDS(E, 1, singles)
 WIDTHS(float)

@@ -350,10 +350,10 @@ extern "C" __global__ void causal_conv1d_sum(float *dweight, float *dbias, const
         dbias[i - taps * channels] = sum;
 }
 
-#define KERNELS(E, TAPS, WIDTH)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        causal_conv1d_fwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) { forward<E, TAPS, WIDTH>(p); }        \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+#define KERNELS(E, TAPS, WIDTH)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        causal_conv1d_fwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) { forward<E, TAPS, WIDTH>(p); }       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         causal_conv1d_bwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) { backward<E, TAPS, WIDTH>(p); }
 #define WIDTHS(E, TAPS) KERNELS(E, TAPS, 1) KERNELS(E, TAPS, 4)
 #define ELEMENTS(TAPS) WIDTHS(float, TAPS) WIDTHS(bf16, TAPS) WIDTHS(f16, TAPS)

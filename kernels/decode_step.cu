@@ -164,8 +164,8 @@ template <typename E, bool MANY> __device__ void step(const Step &p) {
     p.epoch[0] = b.mark;
 }
 
-#define KERNEL(E, ROWS)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS + COPIERS * LANES, 1)                                          \
+#define KERNEL(E, ROWS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS + COPIERS * LANES, 1)                                         \
         decode_step_##E##_##ROWS(const __grid_constant__ Step p) { step<E, (ROWS > 1)>(p); }
 #define KERNELS(E) KERNEL(E, 1) KERNEL(E, 8)
 KERNELS(float)

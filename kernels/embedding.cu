@@ -32,9 +32,9 @@ template <typename E, typename Sum> __device__ void embedding_grad(const Embeddi
         *to = narrow<E>(sum);
 }
 
-#define KERNEL(E, Sum)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) embedding_grad_##E(const __grid_constant__ Embedding p) {     \
-        embedding_grad<E, Sum>(p);                                                                                      \
+#define KERNEL(E, Sum)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) embedding_grad_##E(const __grid_constant__ Embedding p) {    \
+        embedding_grad<E, Sum>(p);                                                                                     \
     }
 KERNEL(float, float)
 KERNEL(double, double)

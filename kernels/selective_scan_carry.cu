@@ -192,14 +192,14 @@ extern "C" __global__ void selective_scan_sum(float *out, const float *shares, i
     out[i] = sum;
 }
 
-#define REDUCE(E)                                                                                                       \
-    extern "C" __global__ void selective_scan_coefficients_##E(void *out, const float *sums, int per, int side,         \
-                                                               int64_t tokens, int n, int groups) {                     \
-        reduce_coefficients<E>(out, sums, per, side, tokens, n, groups);                                                \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_constant_##E(                                  \
-        void *out, const float *sums, int side, int64_t tokens, int n) {                                                \
-        reduce_constant<E>(out, sums, side, tokens, n);                                                                 \
+#define REDUCE(E)                                                                                                      \
+    extern "C" __global__ void selective_scan_coefficients_##E(void *out, const float *sums, int per, int side,        \
+                                                               int64_t tokens, int n, int groups) {                    \
+        reduce_coefficients<E>(out, sums, per, side, tokens, n, groups);                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_constant_##E(                                 \
+        void *out, const float *sums, int side, int64_t tokens, int n) {                                               \
+        reduce_constant<E>(out, sums, side, tokens, n);                                                                \
     }
 REDUCE(float)
 REDUCE(bf16)
@@ -209,25 +209,25 @@ template <typename E, typename F> __device__ void summary_forward(const Scan &p)
 template <typename E, typename F> __device__ void summary_back(const Scan &p) { summary<E, F, false>(p); }
 
 // Forward and back take the forms of the kernels that they prepare.
-#define FORWARD(BLOCKS, E, P, N, S)                                                                                     \
+#define FORWARD(BLOCKS, E, P, N, S)                                                                                    \
     SCAN_KERNEL(selective_scan_summary, summary_forward, SummaryMemory, BLOCKS, E, P, N, S)
-#define BACK(BLOCKS, E, P, N, S)                                                                                        \
+#define BACK(BLOCKS, E, P, N, S)                                                                                       \
     SCAN_KERNEL(selective_scan_back_summary, summary_back, SummaryMemory, BLOCKS, E, P, N, S)
-#define SUMMARIES(E)                                                                                                    \
-    FORWARD(4, E, 1, 4, 4)                                                                                              \
-    FORWARD(4, E, 2, 4, 4)                                                                                              \
-    FORWARD(2, E, 2, 8, 1)                                                                                              \
-    FORWARD(3, E, 2, 8, 2)                                                                                              \
-    FORWARD(4, E, 2, 8, 4)                                                                                              \
-    FORWARD(4, E, 2, 8, 8)                                                                                              \
-    FORWARD(4, E, 2, 8, 16)                                                                                             \
-    FORWARD(4, E, 2, 8, 32)                                                                                             \
-    BACK(4, E, 2, 4, 1)                                                                                                 \
-    BACK(5, E, 2, 4, 2)                                                                                                 \
-    BACK(5, E, 2, 4, 4)                                                                                                 \
-    BACK(5, E, 2, 4, 8)                                                                                                 \
-    BACK(5, E, 2, 4, 16)                                                                                                \
-    BACK(5, E, 2, 4, 32)                                                                                                \
+#define SUMMARIES(E)                                                                                                   \
+    FORWARD(4, E, 1, 4, 4)                                                                                             \
+    FORWARD(4, E, 2, 4, 4)                                                                                             \
+    FORWARD(2, E, 2, 8, 1)                                                                                             \
+    FORWARD(3, E, 2, 8, 2)                                                                                             \
+    FORWARD(4, E, 2, 8, 4)                                                                                             \
+    FORWARD(4, E, 2, 8, 8)                                                                                             \
+    FORWARD(4, E, 2, 8, 16)                                                                                            \
+    FORWARD(4, E, 2, 8, 32)                                                                                            \
+    BACK(4, E, 2, 4, 1)                                                                                                \
+    BACK(5, E, 2, 4, 2)                                                                                                \
+    BACK(5, E, 2, 4, 4)                                                                                                \
+    BACK(5, E, 2, 4, 8)                                                                                                \
+    BACK(5, E, 2, 4, 16)                                                                                               \
+    BACK(5, E, 2, 4, 32)                                                                                               \
     BACK(4, E, 1, 8, 32)
 SUMMARIES(float)
 SUMMARIES(bf16)

@@ -258,14 +258,14 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     if (at.end == p.length && p.state) lane.store(p.state + at.row * row_states, h, n);
 }
 
-#define FORWARD(E, BLOCKS)                                                                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 1, 4, 4)                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 2, 4, 4)                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 1)                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, BLOCKS, E, 2, 8, 2)                                         \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 4)                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 8)                                              \
-    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 16)                                             \
+#define FORWARD(E, BLOCKS)                                                                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 1, 4, 4)                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 2, 4, 4)                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 1)                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, BLOCKS, E, 2, 8, 2)                                        \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 4)                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 8)                                             \
+    SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 16)                                            \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 32)
 FORWARD(float, 3)
 FORWARD(bf16, 4)

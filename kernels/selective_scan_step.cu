@@ -183,8 +183,8 @@ template <typename E, int SPLIT, int ROWS> __device__ void any_step(const Scan &
         step<E, SPLIT, ROWS>(p);
 }
 
-#define KERNEL(E, S, R)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+#define KERNEL(E, S, R)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { any_step<E, S, R>(p); }
 #define ROWS(E, S) KERNEL(E, S, 1) KERNEL(E, S, 4)
 #define SPLITS(E) ROWS(E, 1) ROWS(E, 2) ROWS(E, 4) ROWS(E, 8) ROWS(E, 16) ROWS(E, 32)

@@ -114,10 +114,10 @@ template <typename E, int WIDTH> __device__ void cross_entropy_grad(const CrossE
     }
 }
 
-#define KERNEL(E, WIDTH)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-        cross_entropy_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) { cross_entropy<E, WIDTH>(p); }             \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+#define KERNEL(E, WIDTH)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        cross_entropy_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) { cross_entropy<E, WIDTH>(p); }            \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         cross_entropy_grad_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) { cross_entropy_grad<E, WIDTH>(p); }
 KERNEL(float, 1)
 KERNEL(float, 4)

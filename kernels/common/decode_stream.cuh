@@ -165,10 +165,10 @@ template <typename E> struct Tile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0.0f;
     }
-#define MULTIPLY(KIND)                                                                                                  \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "     \
-                 "{%7, %8}, {%0, %1, %2, %3};"                                                                          \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                       \
+#define MULTIPLY(KIND)                                                                                                 \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "    \
+                 "{%7, %8}, {%0, %1, %2, %3};"                                                                         \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
                  : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1))
     static __device__ void mma(float (&c)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
         if constexpr (std::is_same_v<E, bf16>)

@@ -299,14 +299,14 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
 #else
 #define RETENTION_BODY(WHAT, E, SHAPE) // never launched: src/ops/retention/cuda/plan.rs
 #endif
-#define RETENTION_KERNEL(NAME, WHAT, E, ...)                                                                            \
-    using NAME##_shape = Shape<E, __VA_ARGS__>;                                                                         \
-    extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, 1)                                              \
-        NAME(const __grid_constant__ Retention p) {                                                                     \
-        RETENTION_BODY(WHAT, E, NAME##_shape)                                                                           \
-    }                                                                                                                   \
+#define RETENTION_KERNEL(NAME, WHAT, E, ...)                                                                           \
+    using NAME##_shape = Shape<E, __VA_ARGS__>;                                                                        \
+    extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, 1)                                             \
+        NAME(const __grid_constant__ Retention p) {                                                                    \
+        RETENTION_BODY(WHAT, E, NAME##_shape)                                                                          \
+    }                                                                                                                  \
     extern "C" __constant__ const unsigned NAME##_memory = NAME##_shape::MEMORY;
-#define RETENTION(E, KEYS, VALUES, WK, STAGES, QUERIES)                                                                 \
-    RETENTION_KERNEL(retention_hopper_##E##_##KEYS##_##VALUES, walk, E, KEYS / WK, WK, VALUES / 64, STAGES, QUERIES)    \
-    RETENTION_KERNEL(retention_states_hopper_##E##_##KEYS##_##VALUES, states, E, KEYS / WK, WK, VALUES / 64,            \
+#define RETENTION(E, KEYS, VALUES, WK, STAGES, QUERIES)                                                                \
+    RETENTION_KERNEL(retention_hopper_##E##_##KEYS##_##VALUES, walk, E, KEYS / WK, WK, VALUES / 64, STAGES, QUERIES)   \
+    RETENTION_KERNEL(retention_states_hopper_##E##_##KEYS##_##VALUES, states, E, KEYS / WK, WK, VALUES / 64,           \
                      (KEYS > 256 ? 3 : 4), 0)

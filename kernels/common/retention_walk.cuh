@@ -264,13 +264,13 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
 }
 
 // The kernels of element E for up to KW WK keys, in slices of 16 WV values: outputs, and states alone.
-#define RETENTION_KERNEL(NAME, E, KW, WK, WV, C, STAGES, OUTPUTS, BLOCKS)                                               \
-    using NAME##_shape = Shape<E, KW, WK, WV, C, STAGES, OUTPUTS>;                                                      \
-    extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, BLOCKS)                                         \
-        NAME(const __grid_constant__ Retention p) {                                                                     \
-        walk<E, NAME##_shape>(p);                                                                                       \
-    }                                                                                                                   \
+#define RETENTION_KERNEL(NAME, E, KW, WK, WV, C, STAGES, OUTPUTS, BLOCKS)                                              \
+    using NAME##_shape = Shape<E, KW, WK, WV, C, STAGES, OUTPUTS>;                                                     \
+    extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, BLOCKS)                                        \
+        NAME(const __grid_constant__ Retention p) {                                                                    \
+        walk<E, NAME##_shape>(p);                                                                                      \
+    }                                                                                                                  \
     extern "C" __constant__ const unsigned NAME##_memory = NAME##_shape::MEMORY;
-#define RETENTION(E, KEYS, VALUES, WK, C, STAGES, BLOCKS)                                                               \
-    RETENTION_KERNEL(retention_##E##_##KEYS##_##VALUES, E, KEYS / WK, WK, VALUES / 16, C, STAGES, true, BLOCKS)         \
+#define RETENTION(E, KEYS, VALUES, WK, C, STAGES, BLOCKS)                                                              \
+    RETENTION_KERNEL(retention_##E##_##KEYS##_##VALUES, E, KEYS / WK, WK, VALUES / 16, C, STAGES, true, BLOCKS)        \
     RETENTION_KERNEL(retention_states_##E##_##KEYS##_##VALUES, E, KEYS / WK, WK, VALUES / 16, C, STAGES, false, BLOCKS)

@@ -85,9 +85,9 @@ template <typename F> __device__ void load_bias(const Scan &p, const Place<F> &a
 
 // Defines the kernel NAME_E_<PER>x<STATES>x<SPLIT> from FUNCTION<E, Form>, with its dynamic shared memory beside it, for
 // BLOCKS of them on a multiprocessor.
-#define SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, P, N, S)                                                         \
-    extern "C" {                                                                                                        \
-    __constant__ unsigned NAME##_##E##_##P##x##N##x##S##_memory = sizeof(MEMORY<E, Form<P, N, S>>);                     \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                       \
+#define SCAN_KERNEL(NAME, FUNCTION, MEMORY, BLOCKS, E, P, N, S)                                                        \
+    extern "C" {                                                                                                       \
+    __constant__ unsigned NAME##_##E##_##P##x##N##x##S##_memory = sizeof(MEMORY<E, Form<P, N, S>>);                    \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         NAME##_##E##_##P##x##N##x##S(const __grid_constant__ Scan p) { FUNCTION<E, Form<P, N, S>>(p); }

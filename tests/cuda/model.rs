@@ -1,4 +1,4 @@
-//! Whole models: logits, streaming, generation, training.
+//! Whole models: logits, streaming, generation, the memory of long prompts.
 
 use crate::common::*;
 use crate::gpu;

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! so that nothing is kept for the backward pass but the states between segments. A few tokens outside a graph go through a
-//! kernel of steps, which reads and writes the state once, and which also moves the states of a pool on where they lie.
+//! kernel of steps, which reads and writes the state once; a pool's states are moved on where they lie by another.
 //!
 //! The walk is there twice: for elements of 16 bits on Hopper's own tensor instructions, and for all else on those that every
 //! GPU since Ampere has (f32 as three products of tf32). `plan` chooses.
