@@ -38,21 +38,21 @@ def main():
     SELECTED.extend(options.shapes.split(",") if options.shapes else [])
     dtypes_of = lambda operator: (
         options.dtypes.split(",") if options.dtypes else ["bf16"] if operator in BF16 else ["bf16", "f32"])
-    peers = {}
+    print("| operator | shape | dtype | pass | this crate | peer | peer / this | floor | floor / this |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for operator in operators:
+        ours, peers = time_ours(options.bench, operator, dtypes_of(operator)), {}
         try:
-            peers |= gpu_peers.time(operator, options.peers, dtypes_of(operator))
+            peers = gpu_peers.time(operator, options.peers, dtypes_of(operator))
         except Exception as error:  # one peer's failure must not hide the other figures
             print(f"{operator}: the peer failed: {type(error).__name__} {error}"[:600], file=sys.stderr)
-    ours = {key: value for operator in operators for key, value in time_ours(options.bench, operator, dtypes_of(operator)).items()}
-    print("| operator | shape | dtype | pass | this crate | peer | peer / this | floor | floor / this |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (operator, shape, dtype, what), own in ours.items():
-        peer = peers.get((operator, shape, dtype, what))
-        floor = floors(operator, shape, dtype, what)
-        cells = [operator, shape, dtype, what, f"{own:.4f}", f"{peer:.4f}" if peer else "", f"{peer / own:.2f}" if peer else ""]
-        cells += [f"{floor:.4f}", f"{floor / own:.0%}"] if floor else ["", ""]
-        print("| " + " | ".join(cells) + " |")
+        for (operator, shape, dtype, what), own in ours.items():
+            peer = peers.get((operator, shape, dtype, what))
+            floor = floors(operator, shape, dtype, what)
+            cells = [operator, shape, dtype, what, f"{own:.4f}"]
+            cells += [f"{peer:.4f}", f"{peer / own:.2f}"] if peer else ["", ""]
+            cells += [f"{floor:.4f}", f"{floor / own:.0%}"] if floor else ["", ""]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def time_ours(bench, operator, dtypes):
