@@ -32,12 +32,23 @@ def cuda_shapes(operator):
     return [shape for shape in named if not SELECTED or shape["name"] in SELECTED]
 
 
-def median(run):
+def median(run, depth=1):
     """Milliseconds; also to standard error, so that what a time limit cuts off is not lost."""
     from triton.testing import do_bench
     time = do_bench(run, warmup=25, rep=100, return_mode="median")
-    print(f"{sys._getframe(1).f_code.co_name}: {time:.4f} ms", file=sys.stderr, flush=True)
+    print(f"{sys._getframe(depth).f_code.co_name}: {time:.4f} ms", file=sys.stderr, flush=True)
     return time
+
+
+def forward_and_backward(key, run, inputs):
+    """Both passes of `run`, and forward alone."""
+    import torch
+    with torch.no_grad():
+        forward = median(run, 2)
+    for x in inputs:
+        x.requires_grad_(True)
+    gradient = torch.randn_like(run())
+    return {key + ("fwd",): forward, key + ("fwd_bwd",): median(lambda: run().backward(gradient), 2)}
 
 
 def dtype_of(name):
@@ -123,7 +134,6 @@ def use_mamba_ssm(peers):
 
 
 def time_norm(peers, dtypes, operator):
-    import torch
     use_mamba_ssm(peers)
     from mamba_ssm.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
@@ -140,13 +150,7 @@ def time_norm(peers, dtypes, operator):
             dtype = dtype_of(name)
             inputs = [randn(b, l, d, dtype=dtype), randn(b, l, d, dtype=dtype), randn(d, dtype=dtype), randn(d, dtype=dtype)]
             run = lambda: runs[operator](*inputs)
-            key = (operator, shape["name"], name)
-            with torch.no_grad():
-                times[key + ("fwd",)] = median(run)
-            for x in inputs:
-                x.requires_grad_(True)
-            gradient = torch.randn_like(run())
-            times[key + ("fwd_bwd",)] = median(lambda: run().backward(gradient))
+            times |= forward_and_backward((operator, shape["name"], name), run, inputs)
     return times
 
 
@@ -177,7 +181,6 @@ def use_fla(peers):
 
 
 def time_retention(peers, dtypes):
-    import torch
     use_fla(peers)
     from fla.ops.retention import chunk_retention
     times = {}
@@ -187,13 +190,7 @@ def time_retention(peers, dtypes):
             dtype = dtype_of(name)
             inputs = [randn(b, t, h, width, dtype=dtype) for width in (k, k, v)]
             run = lambda: chunk_retention(*inputs)[0]
-            key = ("retention", shape["name"], name)
-            with torch.no_grad():
-                times[key + ("fwd",)] = median(run)
-            for x in inputs:
-                x.requires_grad_(True)
-            gradient = torch.randn_like(run())
-            times[key + ("fwd_bwd",)] = median(lambda: run().backward(gradient))
+            times |= forward_and_backward(("retention", shape["name"], name), run, inputs)
     return times
 
 
@@ -214,7 +211,6 @@ def time_retention_step(peers, dtypes):
 
 
 def time_causal_conv1d(peers, dtypes):
-    import torch
     use_fla(peers)
     from fla.modules.conv.causal_conv1d import causal_conv1d
     times = {}
@@ -224,13 +220,7 @@ def time_causal_conv1d(peers, dtypes):
             dtype = dtype_of(name)
             inputs = [randn(b, l, d, dtype=dtype), randn(d, k, dtype=dtype), randn(d, dtype=dtype)]
             run = lambda: causal_conv1d(*inputs, activation="silu")[0]
-            key = ("causal_conv1d", shape["name"], name)
-            with torch.no_grad():
-                times[key + ("fwd",)] = median(run)
-            for x in inputs:
-                x.requires_grad_(True)
-            gradient = torch.randn_like(run())
-            times[key + ("fwd_bwd",)] = median(lambda: run().backward(gradient))
+            times |= forward_and_backward(("causal_conv1d", shape["name"], name), run, inputs)
     return times
 
 
