@@ -11,7 +11,9 @@ mod grad;
 mod plan;
 
 use super::{SelectiveScan, Sizes};
-use crate::backend::cuda::{contiguous, device_of, multiprocessors, with_unit_stride, within};
+use crate::backend::cuda::{
+    Element, Module, contiguous, device_of, fits, multiprocessors, with_unit_stride, within,
+};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
@@ -30,7 +32,7 @@ fn scanned(args: &SelectiveScan, sizes: Sizes) -> Result<Option<(Tensor, Tensor)
     let (Some(sequence), true) = (sequence, vectors(args).all(|x| x.dtype().is_float())) else {
         return Ok(None);
     };
-    let Some(plans) = Plans::new(args, sizes)? else { return Ok(None) };
+    let Some(plans) = Plans::new(args, sizes, sequence)? else { return Ok(None) };
     let optional = |x: Option<&Tensor>, dtype| x.map(|x| x.to_dtype(dtype)).transpose();
     let coefficient = |x: &Tensor| x.to_dtype(if x.dtype() == sequence { sequence } else { DType::F32 });
     let (d, z) = (optional(args.d, DType::F32)?, optional(args.z, sequence)?);
@@ -84,8 +86,10 @@ struct Plans {
 }
 
 impl Plans {
-    fn new(args: &SelectiveScan, sizes: Sizes) -> Result<Option<Self>> {
-        let count = multiprocessors(&device_of(args.u)?)?;
+    /// For sequences of `sequence`; `None` where a device's blocks have too little shared memory, too.
+    fn new(args: &SelectiveScan, sizes: Sizes, sequence: DType) -> Result<Option<Self>> {
+        let device = &device_of(args.u)?;
+        let count = multiprocessors(device)?;
         let plan = |pass| Plan::new(&sizes, pass, count);
         let (Some(aligned), Some(forward), Some(backward)) =
             (plan(Pass::Aligned), plan(Pass::Forward), plan(Pass::Backward))
@@ -94,7 +98,24 @@ impl Plans {
         };
         let shares = backward.columns() * sizes.batch * sizes.length * 2 * sizes.states * size_of::<f32>();
         let tracked = vectors(args).chain([args.u, args.delta]).chain(args.z).any(|x| x.track_op());
-        Ok((!tracked || shares <= MOST_SHARES).then_some(Self { aligned, forward, backward }))
+        if tracked && shares > MOST_SHARES {
+            return Ok(None);
+        }
+        let element = match sequence {
+            DType::BF16 => bf16::NAME,
+            DType::F16 => f16::NAME,
+            _ => f32::NAME,
+        };
+        for (module, name, plan, asked) in [
+            (Module::ScanForward, "selective_scan_fwd", &aligned, true),
+            (Module::ScanForward, "selective_scan_fwd", &forward, true),
+            (Module::ScanBackward, "selective_scan_bwd", &backward, tracked),
+        ] {
+            if asked && !fits(device, module, &format!("{name}_{element}_{}", plan.kernel()))? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(Self { aligned, forward, backward }))
     }
 }
 
