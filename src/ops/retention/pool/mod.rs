@@ -59,7 +59,7 @@ impl RetentionPoolConfig {
     }
 }
 
-/// States of many sequences, for [`retention`] a few tokens at a time.
+/// States of many sequences, for [`retention`](super::retention) a few tokens at a time.
 ///
 /// Every call names the slot of each of its rows, or none for an idle row, whose outputs are zero. On CUDA the states move
 /// on where they lie; a call is one kernel. Elsewhere they are replaced. Tokens may also be tried ([`RetentionPool::draft`]):
@@ -221,14 +221,14 @@ impl RetentionPool {
         Ok(state.to_dtype(accumulation_dtype(self.config.dtype))?)
     }
 
-    /// Outputs `[B, T, H, V]` in the dtype of `q`, as [`retention`] has them; the states move behind the last token.
+    /// Outputs `[B, T, H, V]` in the dtype of `q`, as [`retention`](super::retention) has them; the states move behind the last token.
     ///
     /// `slots[b]` is where row `b`'s state lies, each slot at most once; `None` is an idle row. `initial_state` and
     /// `segments` must be `None`, for states come from the pool; the form is the recurrent one. A draft that still waits is
     /// dropped.
     ///
     /// # Errors
-    /// A slot that is not there or comes twice, shapes that do not fit the pool's or one another, as [`retention`].
+    /// A slot that is not there or comes twice, shapes that do not fit the pool's or one another, as [`retention`](super::retention).
     pub fn step(&mut self, args: &Retention, slots: &[Option<usize>]) -> Result<Tensor> {
         self.outputs(args, slots, false)
     }
