@@ -183,6 +183,23 @@ impl Recording {
     }
 }
 
+/// The forward pass of an operator of one input that emits a token.
+macro_rules! token_forward {
+    () => {
+        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+            cpu_token()
+        }
+        #[cfg(feature = "cuda")]
+        fn cuda_fwd(
+            &self,
+            storage: &candle_core::CudaStorage,
+            _: &Layout,
+        ) -> Result<(candle_core::CudaStorage, Shape)> {
+            cuda_token(storage)
+        }
+    };
+}
+
 /// A gradient is like its input.
 pub(super) fn check_gradient(
     name: &str,
@@ -205,17 +222,7 @@ impl CustomOp1 for Seed {
     fn name(&self) -> &'static str {
         "seed"
     }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        cpu_token()
-    }
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        storage: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        cuda_token(storage)
-    }
+    token_forward!();
     fn bwd(&self, output: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         check_gradient("seed", 0, &self.0, output.shape(), output.dtype())?;
         Ok(Some(self.0.clone()))
@@ -295,17 +302,7 @@ impl CustomOp1 for Core {
     fn name(&self) -> &'static str {
         self.0.name
     }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        cpu_token()
-    }
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        storage: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        cuda_token(storage)
-    }
+    token_forward!();
     fn bwd(&self, token: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         self.0.run()?;
         token.zeros_like().map(Some)

@@ -6,7 +6,8 @@ use super::config::{EMBEDDING_NORM, FINAL_NORM, ModelConfig, SCORE, block_name};
 use super::state::ModelState;
 use crate::layers::parameter::normal;
 use crate::layers::{Mlp, NormConfig, NormLayer};
-use crate::ops::accumulation_dtype;
+use crate::ops::embedding::rows;
+use crate::ops::{accumulation_dtype, embedding};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
@@ -246,7 +247,10 @@ impl LanguageModel {
 
     /// The residual stream at its beginning: the tokens' embeddings, `[B, L, D]`.
     pub(super) fn embed(&self, ids: &Tensor) -> Result<Stream> {
-        let x = crate::ops::embedding(&self.embedding, ids)?;
+        let x = match self.embedding.track_op() {
+            true => embedding(&self.embedding, ids)?,
+            false => rows(&self.embedding, ids)?,
+        };
         let x =
             if self.config.embedding_scale == 1.0 { x } else { x.affine(self.config.embedding_scale, 0.0)? };
         let x = self.embedding_norm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))?;

@@ -10,6 +10,10 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod reference;
+
+pub use reference::embedding_reference;
+pub(crate) use reference::rows;
 
 use crate::autograd::{record, storage_of};
 use crate::backend::cpu::matrix::{Held, Matrix, as_matrix};
@@ -26,6 +30,22 @@ use rayon::prelude::*;
 /// # Errors
 /// Shapes or dtypes that do not fit, an id that is not below V.
 pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    if !weight.track_op() || weight.device().is_metal() {
+        return embedding_reference(weight, ids);
+    }
+    let (width, values) = check(weight, ids)?;
+    let y = rows(&weight.detach(), ids)?;
+    let (runs, table) = (Runs::new(&values), weight.detach());
+    let [y] = record("embedding", &[weight], [storage_of(&y)?], move |[dy]| {
+        let Some(dy) = dy else { return Ok(vec![None]) };
+        let dy = dy.reshape((runs.order.len(), width))?;
+        Ok(vec![Some(gradient(&dy, &runs, &table)?)])
+    })?;
+    Ok(y)
+}
+
+/// D and the ids of a call that fits.
+fn check(weight: &Tensor, ids: &Tensor) -> Result<(usize, Vec<u32>)> {
     let [vocabulary, width] = *weight.dims() else {
         return Err(Error::shape("embedding: weight", "[V, D]", weight.dims()));
     };
@@ -35,24 +55,11 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     if ids.dtype() != DType::U32 {
         return Err(Error::dtype("embedding: ids", "u32", ids.dtype()));
     }
-    let flat = ids.flatten_all()?;
-    let values = flat.to_vec1::<u32>()?;
-    if let Some(id) = values.iter().find(|&&id| id as usize >= vocabulary) {
-        return Err(Error::value("embedding: id", format!("below V = {vocabulary}"), id));
+    let values = ids.flatten_all()?.to_vec1::<u32>()?;
+    match values.iter().find(|&&id| id as usize >= vocabulary) {
+        Some(id) => Err(Error::value("embedding: id", format!("below V = {vocabulary}"), id)),
+        None => Ok((width, values)),
     }
-    let mut shape = ids.dims().to_vec();
-    shape.push(width);
-    if !weight.track_op() || weight.device().is_metal() {
-        return Ok(weight.index_select(&flat, 0)?.reshape(shape)?);
-    }
-    let y = weight.detach().index_select(&flat, 0)?.reshape(shape)?;
-    let (runs, table) = (Runs::new(&values), weight.detach());
-    let [y] = record("embedding", &[weight], [storage_of(&y)?], move |[dy]| {
-        let Some(dy) = dy else { return Ok(vec![None]) };
-        let dy = dy.reshape((runs.order.len(), width))?;
-        Ok(vec![Some(gradient(&dy, &runs, &table)?)])
-    })?;
-    Ok(y)
 }
 
 /// The tokens by id.
