@@ -6,7 +6,9 @@
 // order.
 //
 // Bytes: every tensor once, forward and backward; memory is the floor. Shared memory: 8 floats for a block's sums.
-// Registers: 48 to 171 forward, 80 to 255 backward, by ITEMS. Not yet tuned or measured.
+// Registers: 36 to 171 forward, 48 to 255 backward, by ITEMS. One H100, B8 L2048 D768, bf16, calls in a row: rms_norm 0.056 ms
+// (30% of 3.02 TB/s), 0.18 with backward; add_norm 0.080 and 0.24. A block has one row on its way at a time, and that binds:
+// rows of D768 in a warp each would take 150 registers, or spill.
 #include "common/types.cuh"
 
 constexpr int LANES = 32;
