@@ -1,102 +1,43 @@
-//! The product in candle's graph on CUDA, by cuBLAS: one node, whose gradients go straight to `x` and the weight, where
-//! candle's own nodes for reshaping, transposing and multiplying would add each of them up several times.
+//! The products on CUDA, by cuBLAS. As one node their gradients go straight to `x` and the weight, where candle's own nodes
+//! for reshaping, transposing and multiplying would add each of them up several times.
 
-use super::{Sizes, output_shape};
+use super::Sizes;
+use super::parts::Products;
 use crate::Result;
-use crate::autograd::{Gradients, record_all};
+use crate::autograd::Gradients;
 use crate::ops::accumulation_dtype;
 use candle_core::backend::BackendStorage;
 use candle_core::op::{Add, BackpropOp};
 use candle_core::{CudaStorage, Storage, Tensor};
 
-/// `x weight^T + bias`, the outputs in parts of `widths`, each a tensor of its own.
-pub(super) fn recorded(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    sizes: Sizes,
-    widths: &[usize],
-) -> Result<Vec<Tensor>> {
-    let saved = Saved {
-        x: x.detach().reshape((sizes.rows, sizes.inputs))?.contiguous()?,
-        weight: weight.detach().contiguous()?,
-        widths: widths.to_vec(),
-    };
-    let bias = bias.map(Tensor::contiguous).transpose()?;
-    let mut outputs = vec![];
-    for (start, width) in saved.parts() {
-        let bias = bias.as_ref().map(|bias| bias.detach().narrow(0, start, width)).transpose()?;
-        let y = product(&saved.x, &saved.weight.narrow(0, start, width)?.t()?)?;
-        let y = match bias {
-            Some(bias) => plus(y, &bias, sizes.rows)?,
-            None => y,
-        };
-        outputs.push((Storage::Cuda(y), output_shape(x, width)));
-    }
-    let mut inputs = vec![x, weight];
-    inputs.extend(bias.as_ref());
-    let wanted: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
-    let shape = x.shape().clone();
-    let outputs = record_all("linear", &inputs, outputs, move |gradients| {
-        let mut gradients = saved.backward(gradients, &wanted)?;
-        if let Some(dx) = &mut gradients[0] {
-            *dx = dx.reshape(&shape)?;
-        }
-        Ok(gradients)
-    })?;
-    Ok(outputs)
+pub(super) const PRODUCTS: Products = Products { forward, backward };
+
+fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> Result<Storage> {
+    let x = x.reshape((sizes.rows, sizes.inputs))?.contiguous()?;
+    let y = product(&x, &weight.contiguous()?.t()?)?;
+    Ok(Storage::Cuda(match bias {
+        Some(bias) => plus(y, &bias.contiguous()?, sizes.rows)?,
+        None => y,
+    }))
 }
 
-struct Saved {
-    /// `[R, in]`
-    x: Tensor,
-    weight: Tensor,
-    widths: Vec<usize>,
-}
-
-impl Saved {
-    /// The first output of every part, and how many it has.
-    fn parts(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.widths.iter().scan(0, |next, &width| {
-            *next += width;
-            Some((*next - width, width))
-        })
+fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, wanted: &[bool]) -> Result<Gradients> {
+    let (outputs, inputs) = weight.dims2()?;
+    let rows = x.elem_count() / inputs;
+    let dy = dy.reshape((rows, outputs))?.contiguous()?;
+    let mut gradients = vec![None; wanted.len()];
+    if wanted[0] {
+        gradients[0] = Some(tensor(product(&dy, &weight.contiguous()?)?, x.dims()));
     }
-
-    fn backward(&self, gradients: &[Option<Tensor>], wanted: &[bool]) -> candle_core::Result<Gradients> {
-        let rows = self.x.dim(0)?;
-        let mut dx: Option<Tensor> = None;
-        let (mut dweight, mut dbias) = (vec![], vec![]);
-        for ((start, width), dy) in self.parts().zip(gradients) {
-            let dy = match dy {
-                Some(dy) => dy.reshape((rows, width))?.contiguous()?,
-                None => Tensor::zeros((rows, width), self.x.dtype(), self.x.device())?,
-            };
-            if wanted[0] {
-                let part = tensor(product(&dy, &self.weight.narrow(0, start, width)?)?, self.x.dims());
-                dx = Some(match dx {
-                    Some(sum) => (sum + part)?,
-                    None => part,
-                });
-            }
-            if wanted[1] {
-                dweight.push(tensor(product(&dy.t()?, &self.x)?, &[width, self.weight.dim(1)?]));
-            }
-            if wanted.get(2) == Some(&true) {
-                let wide = dy.to_dtype(accumulation_dtype(dy.dtype()))?;
-                dbias.push(wide.sum(0)?.to_dtype(dy.dtype())?);
-            }
-        }
-        let joined = |mut parts: Vec<Tensor>| match parts.len() {
-            0 | 1 => Ok(parts.pop()),
-            _ => Tensor::cat(&parts, 0).map(Some),
-        };
-        let mut all = vec![dx, joined(dweight)?];
-        if wanted.len() > 2 {
-            all.push(joined(dbias)?);
-        }
-        Ok(all)
+    if wanted[1] {
+        let x = x.reshape((rows, inputs))?.contiguous()?;
+        gradients[1] = Some(tensor(product(&dy.t()?, &x)?, &[outputs, inputs]));
     }
+    if wanted.get(2) == Some(&true) {
+        let wide = dy.to_dtype(accumulation_dtype(dy.dtype()))?;
+        gradients[2] = Some(wide.sum(0)?.to_dtype(dy.dtype())?);
+    }
+    Ok(gradients)
 }
 
 fn tensor(storage: CudaStorage, dims: &[usize]) -> Tensor {

@@ -1,7 +1,8 @@
-//! The operator in candle's graph: with `g = dy`, `dx = g weight`, `dweight = g^T x`, `dbias` the sum of `g` over rows.
+//! The products on the CPU, forward and backward.
 
-use super::{Path, Sizes, few_rows, many_rows, output_shape, path};
-use crate::autograd::{Gradients, record};
+use super::parts::Products;
+use super::{Path, Sizes, few_rows, many_rows, path};
+use crate::autograd::Gradients;
 use crate::backend::cpu::matrix::{Held, Matrix, as_matrix};
 use crate::backend::cpu::simd::{Element, Real};
 use crate::backend::cpu::view::{storage, tensor};
@@ -9,29 +10,16 @@ use crate::{Error, Result};
 use candle_core::{DType, Storage, Tensor};
 use half::{bf16, f16};
 
-/// `linear` on the CPU.
-pub(super) fn recorded(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> Result<Tensor> {
-    let (forward, backward): (Forward, Backward) = match x.dtype() {
-        DType::F32 => (forward::<f32>, backward::<f32>),
-        DType::F64 => (forward::<f64>, backward::<f64>),
-        DType::BF16 => (forward::<bf16>, backward::<bf16>),
-        DType::F16 => (forward::<f16>, backward::<f16>),
+/// The products of tensors of `dtype`.
+pub(super) fn products(dtype: DType) -> Result<Products> {
+    Ok(match dtype {
+        DType::F32 => Products { forward: forward::<f32>, backward: backward::<f32> },
+        DType::F64 => Products { forward: forward::<f64>, backward: backward::<f64> },
+        DType::BF16 => Products { forward: forward::<bf16>, backward: backward::<bf16> },
+        DType::F16 => Products { forward: forward::<f16>, backward: backward::<f16> },
         other => return Err(Error::dtype("linear: x", "f32, f64, bf16 or f16", other)),
-    };
-    let y = forward(x, weight, bias, sizes)?;
-    let mut inputs = vec![x, weight];
-    inputs.extend(bias);
-    let wanted: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
-    let (saved_x, saved_weight) = (x.detach(), weight.detach());
-    let [y] = record("linear", &inputs, [(y, output_shape(x, sizes.outputs))], move |[dy]| {
-        let Some(dy) = dy else { return Ok(vec![None; wanted.len()]) };
-        Ok(backward(dy, &saved_x, &saved_weight, &wanted)?)
-    })?;
-    Ok(y)
+    })
 }
-
-type Forward = fn(&Tensor, &Tensor, Option<&Tensor>, Sizes) -> Result<Storage>;
-type Backward = fn(&Tensor, &Tensor, &Tensor, &[bool]) -> Result<Gradients>;
 
 fn forward<E: Element>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> Result<Storage> {
     let path = path(sizes.rows);

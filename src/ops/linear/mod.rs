@@ -18,6 +18,7 @@ mod cuda;
 mod few_rows;
 mod grad;
 mod many_rows;
+mod parts;
 mod reference;
 
 pub use reference::linear_reference;
@@ -25,6 +26,7 @@ pub use reference::linear_reference;
 use super::accumulation_dtype;
 use crate::{Error, Result};
 use candle_core::{D, Shape, Tensor};
+use parts::Products;
 
 /// `x weight^T + bias`: `x` `[.., in]`, `weight` `[out, in]`, `bias` `[out]`, the result `[.., out]`; see the
 /// [module](self).
@@ -36,19 +38,17 @@ use candle_core::{D, Shape, Tensor};
 /// Shapes or dtypes that do not fit, naming the argument.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let sizes = check(x, weight, bias)?;
-    #[cfg(feature = "cuda")]
-    if is_trained_on_cuda(x, weight, bias, sizes) {
-        let parts = cuda::recorded(x, weight, bias, sizes, &[sizes.outputs])?;
-        return <[Tensor; 1]>::try_from(parts).map(|[y]| y).map_err(|parts| parts_lost(parts.len()));
+    match products(x, weight, bias, sizes)? {
+        Some(products) => {
+            let [y] = whole(parts::recorded(x, weight, bias, sizes, &[sizes.outputs], products)?)?;
+            Ok(y)
+        }
+        None => linear_reference(x, weight, bias),
     }
-    if !x.device().is_cpu() {
-        return linear_reference(x, weight, bias);
-    }
-    grad::recorded(x, weight, bias, sizes)
 }
 
-/// [`linear`] with its outputs in `N` parts of `widths`, which add up to the outputs. On CUDA in training every part has
-/// memory of its own, and so have their gradients: those of slices would be padded with zeros and added up.
+/// [`linear`] with its outputs in `N` parts of `widths`, which add up to the outputs. In training every part has memory of
+/// its own; else they are slices of one product.
 pub(crate) fn linear_parts<const N: usize>(
     x: &Tensor,
     weight: &Tensor,
@@ -57,35 +57,40 @@ pub(crate) fn linear_parts<const N: usize>(
 ) -> Result<[Tensor; N]> {
     let sizes = check(x, weight, bias)?;
     if widths.iter().sum::<usize>() != sizes.outputs {
-        return Err(Error::value(
-            "linear: widths",
-            format!("{} in all", sizes.outputs),
-            format!("{widths:?}"),
-        ));
+        let expected = format!("{} in all", sizes.outputs);
+        return Err(Error::value("linear: widths", expected, format!("{widths:?}")));
     }
-    #[cfg(feature = "cuda")]
-    if is_trained_on_cuda(x, weight, bias, sizes) {
-        let parts = cuda::recorded(x, weight, bias, sizes, &widths)?;
-        return parts.try_into().map_err(|parts: Vec<Tensor>| parts_lost(parts.len()));
+    if is_tracked(x, weight, bias)
+        && let Some(products) = products(x, weight, bias, sizes)?
+    {
+        return whole(parts::recorded(x, weight, bias, sizes, &widths, products)?);
     }
     let y = linear(x, weight, bias)?;
     let mut next = 0;
-    let parts = widths.map(|width| {
+    let slices = widths.map(|width| {
         next += width;
         y.narrow(D::Minus1, next - width, width)
     });
-    let parts = parts.into_iter().collect::<candle_core::Result<Vec<Tensor>>>()?;
-    parts.try_into().map_err(|parts: Vec<Tensor>| parts_lost(parts.len()))
+    whole(slices.into_iter().collect::<candle_core::Result<_>>()?)
 }
 
-fn parts_lost(got: usize) -> Error {
-    Error::value("linear: parts", "as many as asked for", got)
+fn whole<const N: usize>(parts: Vec<Tensor>) -> Result<[Tensor; N]> {
+    parts.try_into().map_err(|parts: Vec<Tensor>| Error::value("linear: parts", N.to_string(), parts.len()))
 }
 
-#[cfg(feature = "cuda")]
-fn is_trained_on_cuda(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> bool {
-    let tracked = [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::track_op);
-    x.device().is_cuda() && tracked && sizes.rows * sizes.inputs * sizes.outputs > 0
+/// The products of this crate that take a call: all on the CPU, those with gradients on CUDA.
+fn products(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: Sizes) -> Result<Option<Products>> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let empty = sizes.rows * sizes.inputs * sizes.outputs == 0;
+        return Ok((is_tracked(x, weight, bias) && !empty).then_some(cuda::PRODUCTS));
+    }
+    let _ = (weight, bias, sizes);
+    x.device().is_cpu().then(|| grad::products(x.dtype())).transpose()
+}
+
+fn is_tracked(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> bool {
+    [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::track_op)
 }
 
 /// The sizes of one call.
