@@ -51,6 +51,36 @@ def forward_and_backward(key, run, inputs):
     return {key + ("fwd",): forward, key + ("fwd_bwd",): median(lambda: run().backward(gradient), 2)}
 
 
+class Rates:
+    """What this GPU does: bytes copied (read and written), bf16 products of 8192 x 8192 matrices, exponentials."""
+
+    def __init__(self):
+        import torch
+        device = torch.cuda.get_device_properties(0)
+        query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "--id=0"]
+        clock = float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 1e6
+        source = randn(1 << 30, dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        left, right = (randn(8192, 8192, dtype=torch.bfloat16) for _ in range(2))
+        self.name = device.name
+        self.bytes_per_ms = 4 * source.numel() / median(lambda: target.copy_(source))
+        self.operations_per_ms = 2 * 8192**3 / median(lambda: left @ right)
+        self.exponentials_per_ms = device.multi_processor_count * 16 * clock * 1e-3
+
+    def __str__(self):
+        return (f"{self.name}: copy {self.bytes_per_ms * 1e-9:.2f} TB/s, bf16 product "
+                f"{self.operations_per_ms * 1e-9:.0f} TFLOP/s, {self.exponentials_per_ms * 1e-9:.2f} T exponentials/s")
+
+    def copy(self, size):
+        return size / self.bytes_per_ms
+
+    def products(self, multiplications):
+        return 2 * multiplications / self.operations_per_ms
+
+    def exponentials(self, count):
+        return count / self.exponentials_per_ms
+
+
 def dtype_of(name):
     import torch
     return {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[name]

@@ -88,6 +88,14 @@ fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Languag
     LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device))
 }
 
+/// Bytes of the weights that a token is multiplied with: all but an embedding that is not the head too.
+fn weights(config: &ModelConfig, dtype: DType) -> u64 {
+    let numbers: usize =
+        config.parameters().iter().map(|parameter| parameter.shape.iter().product::<usize>()).sum();
+    let embedding = if config.tie_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+    ((numbers - embedding) * dtype.size_in_bytes()) as u64
+}
+
 /// One of them; on a GPU in bf16 alone.
 fn model(
     criterion: &mut Criterion,
@@ -112,7 +120,8 @@ fn model(
         }
         let (mut decoder, mut id) = (None, vec![1]);
         let title = format!("decode/{}/step", name(dtype));
-        measure(&mut model, title, Throughput::Elements(1), &bench.device, || {
+        let weights = Throughput::BytesDecimal(weights(&config, dtype));
+        measure(&mut model, title, weights, &bench.device, || {
             let decoder = match &mut decoder {
                 Some(decoder) => decoder,
                 none => none.insert(Decoder::new(&lazy, 1)?),

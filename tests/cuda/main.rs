@@ -3,7 +3,7 @@
 //! One executable, to be carried to a machine with a GPU. Without a GPU, or built without the feature `cuda`, every test
 //! prints that it was skipped.
 //!
-//! The tests of `sanitizer` are a small grid of retention's kernels for the tools of compute-sanitizer, under a minute each:
+//! The tests of `sanitizer` are a small grid of all kernels for the tools of compute-sanitizer:
 //! `compute-sanitizer --tool memcheck <executable> sanitizer::`, and so with racecheck, initcheck and synccheck.
 
 #[cfg(feature = "cuda")]

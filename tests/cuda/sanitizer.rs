@@ -1,13 +1,17 @@
-//! A small grid of retention's kernels, for compute-sanitizer: every kernel of every dtype once, ragged in every size.
+//! A small grid of all kernels, for compute-sanitizer: each in every dtype, ragged in every size.
 
+use crate::agree::{agree, tolerance};
+use crate::case::{self, Form};
 use crate::common::*;
 use crate::gpu;
 use crate::pool_laws::args;
 use crate::retention_case::*;
 use candle_core::{DType, Device, Tensor};
 use subquadratic::layers::retention::RetentionConfig;
-use subquadratic::models::{LanguageModel, ModelConfig};
-use subquadratic::ops::{RetentionPool, RetentionPoolConfig};
+use subquadratic::models::{Decoder, LanguageModel, ModelConfig};
+use subquadratic::ops::norm::{Norm, NormKind, add_norm, gated_norm, norm};
+use subquadratic::ops::{CausalConv1d, RetentionPool, RetentionPoolConfig, causal_conv1d};
+use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 
 fn to(device: &Device, t: &[Tensor]) -> Vec<Tensor> {
     t.iter().map(|x| x.to_device(device).unwrap()).collect()
@@ -83,9 +87,134 @@ fn values_of(x: &Tensor) -> Vec<f64> {
     values(&x.to_device(&Device::Cpu).unwrap())
 }
 
-/// A layer's other kernels: rotary embedding, norms, gates.
 #[test]
-fn a_model() {
+fn scans() {
+    let Some(device) = gpu() else { return };
+    let full = case::Case::full;
+    let grouped = case::Case { b: Form::Token(3), c: Form::Constant, gate: false, ..full(2, 21, 33, 12) };
+    // whole tiles, ragged ones, time in chunks, states in lanes of their own, single tokens
+    let cases = [
+        full(1, 64, 64, 16),
+        full(2, 37, 40, 5),
+        full(1, 530, 24, 16),
+        full(1, 20, 9, 130),
+        grouped,
+        full(2, 1, 40, 16),
+    ];
+    for (i, case) in cases.into_iter().enumerate() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let t = cast(&case.tensors(i as u64), dtype);
+            let used: Vec<Tensor> = case.differentiable().iter().map(|&i| t[i].clone()).collect();
+            let segments = random_segments(&mut Random::new(5), case.batch, case.length);
+            let other = to(&device, &t);
+            agree(&format!("{case:?} {dtype:?}"), &device, &used, 3.0 * tolerance(dtype), |x| {
+                let t = if x[0].device().is_cpu() { &t } else { &other };
+                case.run(&case.place(t, x), (i == 1).then_some(&segments))
+            });
+        }
+    }
+}
+
+#[test]
+fn convolutions() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(6);
+    for (batch, length, channels, taps) in
+        [(2, 37, 72, 4), (1, 130, 64, 4), (2, 1, 24, 4), (1, 9, 5, 3), (1, 33, 16, 7)]
+    {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let mut draw = |dims: &[usize]| random.normal(dims).to_dtype(dtype).unwrap();
+            let inputs = [
+                draw(&[batch, length, channels]),
+                draw(&[channels, taps]),
+                draw(&[channels]),
+                draw(&[batch, channels, taps - 1]),
+            ];
+            agree(
+                &format!("{length} {channels} {taps} {dtype:?}"),
+                &device,
+                &inputs,
+                tolerance(dtype),
+                |x| {
+                    let (y, last) = causal_conv1d(&CausalConv1d {
+                        x: &x[0],
+                        weight: &x[1],
+                        bias: Some(&x[2]),
+                        silu: true,
+                        initial_state: Some(&x[3]),
+                        segments: None,
+                    })?;
+                    Ok(vec![y, last])
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn norms() {
+    let Some(device) = gpu() else { return };
+    let random = &mut Random::new(7);
+    for (rows, width) in [(5, 24), (3, 200), (9, 513), (2, 768), (1, 2560)] {
+        for (dtype, kind) in
+            [(DType::F32, NormKind::Rms), (DType::BF16, NormKind::Layer), (DType::F16, NormKind::Rms)]
+        {
+            let mut draw = |dims: &[usize]| random.normal(dims).to_dtype(dtype).unwrap();
+            let inputs = [draw(&[rows, width]), draw(&[rows, width]), draw(&[width]), draw(&[width])];
+            agree(&format!("{rows} {width} {dtype:?}"), &device, &inputs, tolerance(dtype), |x| {
+                let n = Norm { kind, weight: Some(&x[2]), bias: Some(&x[3]), eps: 1e-3, group_size: None };
+                let (sum, y) = add_norm(&x[1], &x[0], &n)?;
+                Ok(vec![
+                    norm(&x[0], &n)?,
+                    sum,
+                    y,
+                    gated_norm(&x[0], &x[1], &n, true)?,
+                    gated_norm(&x[0], &x[1], &n, false)?,
+                ])
+            });
+        }
+    }
+}
+
+/// Steps of the one kernel, drafts taken back.
+#[test]
+fn decoding() {
+    let Some(device) = gpu() else { return };
+    for config in [ModelConfig::mamba(40, 2, 19), ModelConfig::retnet(64, 2, 19)] {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let model = LanguageModel::init(&config, 1, dtype, &device).unwrap().frozen().unwrap();
+            let mut decoder = Decoder::new(&model, 3).unwrap();
+            decoder.step_greedy(&[Some(1)], &[3]).unwrap();
+            decoder.step(&[Some(1), None, Some(0)], &[3, 1, 2]).unwrap();
+            decoder.draft(&[Some(2), Some(0)], &[1, 2, 3, 4]).unwrap();
+            decoder.accept(&[1, 2]).unwrap();
+            let logits = decoder.step(&[Some(0), Some(1), Some(2)], &[5, 6, 7]).unwrap();
+            assert!(values_of(&logits).iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+/// Embedding, loss, gradients' norm, optimiser.
+#[test]
+fn a_step_of_training() {
+    let Some(device) = gpu() else { return };
+    let ids = |start: u32| {
+        let ids: Vec<u32> = (0..34).map(|i| (i * i + start) % 19).collect();
+        Tensor::from_vec(ids, (2, 17), &device).unwrap()
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let model = LanguageModel::init(&ModelConfig::mamba(24, 1, 19), 0, dtype, &device).unwrap();
+        let mut trainer = Trainer::new(model, TrainerConfig::new(Schedule::cosine(1e-3, 1, 10))).unwrap();
+        for _ in 0..2 {
+            let step = trainer.step(&[Batch::new(ids(0), ids(1))]).unwrap();
+            assert!(step.loss.is_finite());
+        }
+    }
+}
+
+/// A layer's other kernels: rotary embedding, norms of heads, gates.
+#[test]
+fn a_retnet() {
     let Some(device) = gpu() else { return };
     let mut config = ModelConfig::retnet(48, 1, 11);
     for block in &mut config.blocks {
