@@ -6,9 +6,9 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use criterion::{Criterion, Throughput};
 use std::collections::HashMap;
-use subquadratic::Result;
 use subquadratic::models::{Decoder, LanguageModel, MixerConfig, ModelConfig};
 use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
+use subquadratic::{Result, peak_bytes};
 
 const VOCABULARY: usize = 50280;
 
@@ -20,9 +20,9 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
     model(criterion, bench, "retnet-d768-l12", retnet(768, 12), &[512, 2048])?;
     model(criterion, bench, "hybrid-d128-l4", hybrid(128)?, &[1 << 10, 1 << 13, 1 << 17])?;
     if !bench.device.is_cpu() {
-        model(criterion, bench, "mamba-1.4b", mamba(2048, 48), &[8192])?;
+        model(criterion, bench, "mamba-1.4b", mamba(2048, 48), &[8192, 65536])?;
         model(criterion, bench, "mamba-2.8b", mamba(2560, 64), &[2048])?;
-        model(criterion, bench, "retnet-1.3b", retnet(2048, 24), &[8192])?;
+        model(criterion, bench, "retnet-1.3b", retnet(2048, 24), &[8192, 65536])?;
         training(criterion, bench)?;
     }
     Ok(())
@@ -113,10 +113,16 @@ fn model(
         for &length in lengths {
             let ids = bench.tokens(1, length, VOCABULARY as u32)?;
             let id = format!("prefill-{length}/{}/fwd", name(dtype));
+            let mut ran = false;
             measure(&mut model, id, Throughput::Elements(length as u64), &bench.device, || {
+                ran = true;
                 let mut state = lazy.init_state(1)?;
                 lazy.prefill(&ids, None, &mut state)
             });
+            // of all so far, so that it means something for the longest prompt of a run
+            if let Some(bytes) = peak_bytes(&bench.device).filter(|_| ran) {
+                println!("{title}, {length} tokens: {} MB in use at most", bytes / 1_000_000);
+            }
         }
         let (mut decoder, mut id) = (None, vec![1]);
         let title = format!("decode/{}/step", name(dtype));

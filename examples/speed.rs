@@ -12,14 +12,12 @@
 mod common {
     pub mod cli;
     pub mod form;
-    pub mod memory;
 }
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use common::cli::{self, Outcome, Place};
 use common::form::{parse_form, set_form};
-use common::memory::peak_bytes;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use std::path::PathBuf;
@@ -86,7 +84,7 @@ fn program(arguments: Arguments) -> Outcome<()> {
         let line = json!({
             "prefill_tok_s": per_second(read, prefill_s),
             "decode_tok_s": per_second(rows, step_s),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": subquadratic::peak_bytes(&device),
             "state_bytes": state_bytes,
             "load_s": load_s,
             "prefill_range": [per_second(read, slowest), per_second(read, fastest)],

@@ -38,4 +38,5 @@ pub mod ops;
 pub mod train;
 
 pub use backend::cpu::memory::reuse_memory;
+pub use backend::peak_bytes;
 pub use error::{Error, Result};

@@ -5,7 +5,6 @@ use super::cli::{Outcome, Place};
 use super::curve::Curve;
 use super::dna;
 use super::form::{parse_form, set_form};
-use super::memory::peak_bytes;
 use super::run::{Limit, Progress, Settings, Training};
 use super::sample::{self, Sampling};
 use super::text::Text;
@@ -237,11 +236,11 @@ impl Session {
         Ok(())
     }
 
-    /// Tokens per second of the training steps of this session, and the most memory the process held.
+    /// Tokens per second of the training steps of this session, and the most memory in use.
     fn speed(&self) -> String {
         let speed = self.stepped.0 as f64 / self.stepped.1.max(1e-9);
-        let memory =
-            peak_bytes().map_or(String::new(), |bytes| format!(", {} MB at most", bytes / 1_000_000));
+        let memory = subquadratic::peak_bytes(self.trainer.model().device());
+        let memory = memory.map_or(String::new(), |bytes| format!(", {} MB at most", bytes / 1_000_000));
         format!("{speed:.0} tokens/s in training{memory}")
     }
 

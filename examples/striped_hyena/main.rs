@@ -19,7 +19,6 @@ mod common {
     pub mod curve;
     pub mod dna;
     pub mod form;
-    pub mod memory;
     pub mod program;
     pub mod run;
     pub mod sample;

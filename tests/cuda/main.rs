@@ -63,3 +63,16 @@ fn there_is_a_gpu() {
         println!("running on CUDA device 0");
     }
 }
+
+#[test]
+fn the_most_memory_in_use_is_known() {
+    let devices = gpu().into_iter().chain(cfg!(target_os = "linux").then_some(Device::Cpu));
+    for device in devices {
+        let bytes = 64 << 20;
+        let x = candle_core::Tensor::ones(bytes, candle_core::DType::U8, &device).unwrap();
+        let most = subquadratic::peak_bytes(&device).unwrap();
+        assert!(most >= bytes as u64, "{device:?}: {most}");
+        drop(x);
+        assert!(subquadratic::peak_bytes(&device).unwrap() >= most);
+    }
+}

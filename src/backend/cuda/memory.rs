@@ -2,6 +2,7 @@
 
 use super::failed;
 use crate::Result;
+use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result, sys};
 use std::ffi::c_void;
 
@@ -23,4 +24,21 @@ pub(super) fn keep_freed(context: &CudaContext) -> Result<()> {
         })
     };
     set.map_err(|error| failed("the device's memory pool", error))
+}
+
+/// The most that the device's pool ever had given out at a time; none if it has no pool.
+pub(in crate::backend) fn peak_bytes(device: &CudaDevice) -> Option<u64> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let (mut most, attribute) = (0u64, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH);
+    if !context.has_async_alloc() {
+        return None;
+    }
+    // SAFETY: as above.
+    let got = unsafe {
+        result::device::get_default_mem_pool(context.cu_device()).and_then(|pool| {
+            result::mem_pool::get_attribute(pool, attribute, (&raw mut most).cast::<c_void>())
+        })
+    };
+    got.ok().map(|()| most)
 }

@@ -13,6 +13,7 @@ mod view;
 pub(crate) use element::Element;
 pub(crate) use graph::Graph;
 pub(crate) use launch::{Argument, Launch, Packed, is_hopper, multiprocessors, shared_memory};
+pub(super) use memory::peak_bytes;
 pub(crate) use module::{Module, fits};
 pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_stride};
 
