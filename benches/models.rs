@@ -37,7 +37,7 @@ fn training(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
         let ids = bench.tokens(rows, length + 1, vocabulary as u32)?;
         let part = |start| Ok::<_, subquadratic::Error>(ids.narrow(1, start, length)?.contiguous()?);
         let batch = Batch::new(part(0)?, part(1)?);
-        for (what, recompute) in [("step", false), ("step_recompute", true)] {
+        for (what, recompute) in [("step_recompute", true), ("step", false)] {
             let mut trainer = None;
             let id = format!("{}/bf16/{what}", shape.name);
             let throughput = Throughput::Elements((rows * length) as u64);
@@ -53,6 +53,9 @@ fn training(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
                 };
                 trainer.step(std::slice::from_ref(&batch))
             });
+            if trainer.is_some() {
+                memory(what, &bench.device);
+            }
         }
     }
     training.finish();
@@ -88,6 +91,13 @@ fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Languag
     LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device))
 }
 
+/// Says the most memory in use so far, so that what takes least of it runs first.
+fn memory(what: &str, device: &Device) {
+    if let Some(bytes) = peak_bytes(device) {
+        println!("{what}: {} MB in use at most", bytes / 1_000_000);
+    }
+}
+
 /// Bytes of the weights that a token is multiplied with: all but an embedding that is not the head too.
 fn weights(config: &ModelConfig, dtype: DType) -> u64 {
     let numbers: usize =
@@ -119,9 +129,8 @@ fn model(
                 let mut state = lazy.init_state(1)?;
                 lazy.prefill(&ids, None, &mut state)
             });
-            // of all so far, so that it means something for the longest prompt of a run
-            if let Some(bytes) = peak_bytes(&bench.device).filter(|_| ran) {
-                println!("{title}, {length} tokens: {} MB in use at most", bytes / 1_000_000);
+            if ran {
+                memory(title, &bench.device);
             }
         }
         let (mut decoder, mut id) = (None, vec![1]);
