@@ -1,5 +1,6 @@
 """Build and time other implementations of the operators on a GPU; compare.py puts them beside this crate's."""
 import glob
+import importlib.util
 import json
 import os
 import subprocess
@@ -101,7 +102,9 @@ def unpacked(peers, package):
 
 
 def extension(name, source):
-    """A package's CUDA extension from the files in `source`, compiled unless it has been."""
+    """A package's CUDA extension: an installed one, or from the files in `source`, compiled unless it has been."""
+    if importlib.util.find_spec(name):
+        return importlib.import_module(name)
     from torch.utils.cpp_extension import load
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))

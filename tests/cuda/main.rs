@@ -70,9 +70,8 @@ fn the_most_memory_in_use_is_known() {
     for device in devices {
         let bytes = 64 << 20;
         let x = candle_core::Tensor::ones(bytes, candle_core::DType::U8, &device).unwrap();
+        drop(x);
         let most = subquadratic::peak_bytes(&device).unwrap();
         assert!(most >= bytes as u64, "{device:?}: {most}");
-        drop(x);
-        assert!(subquadratic::peak_bytes(&device).unwrap() >= most);
     }
 }
