@@ -96,16 +96,16 @@ def floor_of(operator, name, dtype, what, rates):
     """The least time, ms: bytes over the copy bandwidth, or for the scan its exponentials."""
     shape = next(shape for shape in shapes_of(operator) if shape["name"] == name)
     size = 4 if dtype == "f32" else 2
-    if what not in ("fwd", "step") or operator == "training":
+    if what not in ("fwd", "step", "graph") or operator == "training":
         return None
     if operator in NORMS:
         return rates.copy(NORMS[operator] * shape["B"] * shape["L"] * shape["D"] * size)
     if operator.startswith("retention"):
         b, t, h, k, v = shape["B"], shape.get("T", 1), shape["H"], shape["K"], shape["V"]
-        sequences, states = 2 * b * t * h * (k + v) * size, 8 * b * h * k * v if what == "step" else 0
+        sequences, states = 2 * b * t * h * (k + v) * size, 8 * b * h * k * v if what != "fwd" else 0
         return rates.copy(sequences + states)
     b, d, n = shape["B"], shape["D"], shape.get("N", 0)
-    if what == "step":
+    if what != "fwd":
         return rates.copy(8 * b * d * n + 4 * size * b * d)
     tokens = b * shape["L"]
     tensors = 4 if operator == "selective_scan" else 2

@@ -41,6 +41,18 @@ def median(run, depth=1):
     return time
 
 
+def step_and_graph(key, run):
+    """A call, and one of many recorded as a CUDA graph."""
+    import torch
+    with torch.no_grad():
+        times = {key + ("step",): median(run, 2)}
+        graph, each = torch.cuda.CUDAGraph(), 20
+        with torch.cuda.graph(graph):
+            for _ in range(each):
+                run()
+        return times | {key + ("graph",): median(graph.replay, 2) / each}
+
+
 def forward_and_backward(key, run, inputs):
     """Both passes of `run`, and forward alone."""
     import torch
@@ -199,7 +211,7 @@ def time_selective_state_update(peers, dtypes):
             bc = [randn(b, n, dtype=dtype) for _ in range(2)]
             state, a, skip, bias = randn(b, d, n), -torch.rand(d, n, device="cuda"), randn(d), randn(d)
             run = lambda: selective_state_update(state, x, dt, a, *bc, skip, z=z, dt_bias=bias, dt_softplus=True)
-            times["selective_state_update", shape["name"], name, "step"] = median(run)
+            times |= step_and_graph(("selective_state_update", shape["name"], name), run)
     return times
 
 
@@ -238,8 +250,7 @@ def time_retention_step(peers, dtypes):
             inputs = [randn(b, 1, h, width, dtype=dtype_of(name)) for width in (k, k, v)]
             state = randn(b, h, k, v)
             run = lambda: fused_recurrent_retention(*inputs, initial_state=state, output_final_state=True)
-            with torch.no_grad():
-                times["retention_step", shape["name"], name, "step"] = median(run)
+            times |= step_and_graph(("retention_step", shape["name"], name), run)
     return times
 
 

@@ -1,6 +1,6 @@
 //! Benchmarks of the operators, layers and models.
 //!
-//! Ids are `<operator>/<shape>/<dtype>/<fwd|fwd_bwd|step>`, shapes are those of `shapes.json`: the ones named `cpu-...`
+//! Ids are `<operator>/<shape>/<dtype>/<fwd|fwd_bwd|step|graph>`, shapes are those of `shapes.json`: the ones named `cpu-...`
 //! on the CPU, all of them on a GPU (feature `cuda`).
 //!
 //! ```text

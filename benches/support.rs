@@ -118,6 +118,43 @@ pub fn measure<T>(
     });
 }
 
+/// Measures `<id>/step` as [`measure`] does; and on a GPU `<id>/graph`, one run of many recorded as a CUDA graph, so that
+/// only the device's time counts.
+pub fn measure_step<T>(
+    group: &mut BenchmarkGroup<WallTime>,
+    id: &str,
+    throughput: Throughput,
+    device: &Device,
+    mut run: impl FnMut() -> Result<T>,
+) {
+    measure(group, format!("{id}/step"), throughput.clone(), device, &mut run);
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        use candle_core::cuda_backend::cudarc::driver::sys;
+        const EACH: u64 = 20;
+        group.throughput(throughput);
+        group.bench_function(format!("{id}/graph"), |bencher| {
+            let stream = cuda.cuda_stream();
+            drop(run().expect("a benchmark runs"));
+            device.synchronize().expect("the device synchronises");
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            stream.begin_capture(mode).expect("a stream records");
+            (0..EACH).for_each(|_| drop(black_box(run().expect("a benchmark is recorded"))));
+            let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+            let graph = graph.expect("a graph").expect("work to record");
+            graph.launch().expect("a graph runs");
+            device.synchronize().expect("the device synchronises");
+            bencher.iter_custom(|count| {
+                let launches = count.div_ceil(EACH);
+                let start = Instant::now();
+                (0..launches).for_each(|_| graph.launch().expect("a graph runs"));
+                device.synchronize().expect("the device synchronises");
+                start.elapsed().mul_f64(count as f64 / (launches * EACH) as f64)
+            });
+        });
+    }
+}
+
 /// Measures `<id>/fwd`, `run` on plain tensors, and `<id>/fwd_bwd`, `run` on variables with the gradients of the sum
 /// of its result in all of them.
 pub fn measure_both(

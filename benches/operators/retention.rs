@@ -1,6 +1,6 @@
 //! Retention in every form, over lengths, and single steps through the state or through those of a pool.
 
-use crate::support::{Bench, group, measure, measure_both, name};
+use crate::support::{Bench, group, measure, measure_both, measure_step, name};
 use candle_core::{DType, Tensor};
 use criterion::{Criterion, Throughput};
 use std::cell::LazyCell;
@@ -49,10 +49,12 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
         for &dtype in bench.dtypes() {
             let inputs = inputs(bench, [b, 1, h, k, v], dtype)?;
             let state = bench.uniform(&[b, h, k, v], -1.0..1.0, DType::F32)?;
-            let id = format!("{}/{}/step", shape.name, name(dtype));
+            let id = format!("{}/{}", shape.name, name(dtype));
             // the state is read and written
             let throughput = Throughput::Bytes((2 * b * h * k * v * size_of::<f32>()) as u64);
-            measure(&mut step, id, throughput, &bench.device, || run(&inputs, Some(&state), Form::Auto));
+            measure_step(&mut step, &id, throughput, &bench.device, || {
+                run(&inputs, Some(&state), Form::Auto)
+            });
         }
     }
     step.finish();

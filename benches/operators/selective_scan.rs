@@ -1,6 +1,6 @@
 //! The selective scan with everything Mamba asks of it: groups of B and C per token, D, z, delta bias, softplus.
 
-use crate::support::{Bench, Shape, group, measure, measure_both, name};
+use crate::support::{Bench, Shape, group, measure_both, measure_step, name};
 use candle_core::{DType, Tensor};
 use criterion::{Criterion, Throughput};
 use subquadratic::Result;
@@ -26,9 +26,9 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
         for &dtype in bench.dtypes() {
             let inputs = inputs(bench, &shape, 1, dtype)?;
             let state = bench.uniform(&[b, d, n], -1.0..1.0, DType::F32)?;
-            let id = format!("{}/{}/step", shape.name, name(dtype));
+            let id = format!("{}/{}", shape.name, name(dtype));
             let throughput = Throughput::Elements((b * d * n) as u64);
-            measure(&mut step, id, throughput, &bench.device, || run(&inputs, Some(&state)));
+            measure_step(&mut step, &id, throughput, &bench.device, || run(&inputs, Some(&state)));
         }
     }
     step.finish();
