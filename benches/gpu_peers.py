@@ -200,6 +200,7 @@ def time_norm(peers, dtypes, operator):
 
 
 def time_selective_state_update(peers, dtypes):
+    import torch
     use_mamba_ssm(peers)
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     times = {}

@@ -29,7 +29,7 @@ impl LanguageModel {
         };
         let index: Vec<u32> = rows.iter().enumerate().map(last).collect();
         let index = Tensor::from_vec(index, rows.len(), hidden.device())?;
-        let ends = hidden.reshape((rows.len() * length, width))?.index_select(&index, 0)?;
+        let ends = hidden.reshape((rows.len() * length, width))?.contiguous()?.index_select(&index, 0)?;
         linear(&ends, score, None)
     }
 }

@@ -4,8 +4,8 @@ use crate::common::*;
 use crate::gpu;
 use candle_core::{DType, Device, Tensor};
 use subquadratic::generate::{GenerationConfig, generate};
-use subquadratic::models::{LanguageModel, ModelConfig};
-use subquadratic::ops::Form;
+use subquadratic::models::{LanguageModel, ModelConfig, load};
+use subquadratic::ops::{Form, Segments};
 
 const VOCABULARY: usize = 61;
 
@@ -35,6 +35,42 @@ fn logits_are_the_cpus() {
         let steps: Vec<Tensor> = (0..70).map(step).collect::<Result<_, _>>().unwrap();
         assert_close(&format!("{dtype:?} steps"), &host(&Tensor::cat(&steps, 1).unwrap()), &want, tolerance);
     }
+}
+
+/// Every published layout: the whole, and token by token where there are states; packed rows.
+#[test]
+fn checkpoints_are_the_cpus() {
+    let Some(device) = gpu() else { return };
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let directories = std::fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path());
+    let mut seen = 0;
+    for directory in directories.filter(|path| path.join("config.json").exists()) {
+        let host = |x: &Tensor| x.to_device(&Device::Cpu).unwrap();
+        let [cpu, cuda] = [&Device::Cpu, &device].map(|on| load(&directory, DType::F32, on).unwrap());
+        let what = directory.file_name().unwrap().to_string_lossy().into_owned();
+        let vocabulary = cpu.config().vocab_size as u32;
+        let ids: Vec<u32> = (0..40).map(|i| (7 * i * i + i) % vocabulary).collect();
+        let ids = Tensor::from_vec(ids, (2, 20), &Device::Cpu).unwrap();
+        let there = ids.to_device(&device).unwrap();
+        if !cpu.config().lm_head {
+            continue;
+        }
+        let want = cpu.forward(&ids).unwrap();
+        assert_close(&what, &host(&cuda.forward(&there).unwrap()), &want, 1e-4);
+        let marks = Tensor::from_vec((0..40).map(|i| (i % 7 == 3) as u8).collect(), (2, 20), &Device::Cpu);
+        let segments = Segments::from_marks(&marks.unwrap()).unwrap();
+        if let Ok(want) = cpu.forward_segments(&ids, Some(&segments), None) {
+            let got = cuda.forward_segments(&there, Some(&segments), None).unwrap();
+            assert_close(&format!("{what}, packed"), &host(&got), &want, 1e-4);
+        }
+        seen += 1;
+        let Ok(mut state) = cuda.init_state(2) else { continue };
+        let step = |t| cuda.forward_with_state(&there.narrow(1, t, 1)?.contiguous()?, &mut state);
+        if let Ok(steps) = (0..20).map(step).collect::<Result<Vec<_>, _>>() {
+            assert_close(&format!("{what}, steps"), &host(&Tensor::cat(&steps, 1).unwrap()), &want, 1e-4);
+        }
+    }
+    assert!(seen > 20, "{seen} fixtures");
 }
 
 #[test]

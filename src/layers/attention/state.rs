@@ -220,7 +220,7 @@ impl Ragged {
         };
         let index: Vec<u32> = places.iter().enumerate().flat_map(row).collect();
         let index = Tensor::from_vec(index, batch * longest, x.device())?;
-        let flat = x.reshape((batch * total, groups * width))?;
+        let flat = x.reshape((batch * total, groups * width))?.contiguous()?;
         Ok(flat.index_select(&index, 0)?.reshape((batch, longest, groups, width))?)
     }
 }

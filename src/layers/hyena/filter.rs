@@ -165,7 +165,7 @@ pub(super) fn of_order(config: &HyenaConfig, columns: &Tensor, order: usize) -> 
 pub(super) fn periodic(taps: &Tensor, length: usize, delay: usize) -> Result<(Tensor, Tensor)> {
     let (count, period) = (taps.dim(0)?, 2 * length);
     let zero = Tensor::zeros((1, taps.dim(1)?), taps.dtype(), taps.device())?;
-    let padded = Tensor::cat(&[taps, &zero], 0)?;
+    let padded = Tensor::cat(&[taps, &zero], 0)?.contiguous()?;
     // the tap that meets an input so many places before, or none
     let tap = |lag: usize| {
         let tap = (lag + period - delay) % period;

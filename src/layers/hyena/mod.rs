@@ -277,7 +277,7 @@ impl Hyena {
     fn one_by_one(&self, x: &Tensor, segments: &Segments) -> Result<Tensor> {
         let zero = Tensor::zeros((1, self.config.d_model), x.dtype(), x.device())?;
         let row = |b: usize| {
-            let own = x.get(b)?;
+            let own = x.get(b)?.contiguous()?;
             let mut ys = vec![zero.clone(); segments.length()];
             for tokens in segments.sequences(b) {
                 let index: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();

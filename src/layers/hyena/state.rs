@@ -105,7 +105,7 @@ impl LayerState for HyenaState {
         let index: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
         let index = Tensor::from_vec(index, rows.len(), self.conv.device())?;
         let positions = rows.iter().map(|&row| self.positions[row]).collect();
-        Ok(Self { conv: self.conv.index_select(&index, 0)?, long, positions })
+        Ok(Self { conv: self.conv.contiguous()?.index_select(&index, 0)?, long, positions })
     }
 
     fn batch(&self) -> usize {

@@ -34,7 +34,7 @@ pub fn long_conv_reference(args: &LongConv) -> Result<Tensor> {
         taps = vec![(future + Tensor::cat(&[&behind, &taps[0]], 1)?)?];
     }
     taps.push(zero);
-    let (taps, before) = (Tensor::cat(&taps, 1)?, sizes.reverse.saturating_sub(1));
+    let (taps, before) = (Tensor::cat(&taps, 1)?.contiguous()?, sizes.reverse.saturating_sub(1));
     let beyond = taps.dim(1)? - 1;
     let segments = Segments::or_whole(args.segments, b, past + l);
     let mut rows = vec![];
@@ -43,7 +43,7 @@ pub fn long_conv_reference(args: &LongConv) -> Result<Tensor> {
         for tokens in segments.sequences(row) {
             let index: Vec<u32> = tokens.iter().map(|&t| t as u32).collect();
             let n = index.len();
-            let v = v.get(row)?.index_select(&Tensor::new(index, v.device())?, 0)?;
+            let v = v.get(row)?.contiguous()?.index_select(&Tensor::new(index, v.device())?, 0)?;
             // [G, n, D / G]
             let v = v.reshape((n, g, d / g))?.transpose(0, 1)?.contiguous()?;
             for start in (0..n).step_by(ROWS) {
