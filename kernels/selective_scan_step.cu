@@ -3,8 +3,8 @@
 // Grid (channels over blocks, rows in turns), 128 threads. A state of N numbers is spread over SPLIT lanes with four
 // numbers each, in registers; neighbouring lanes read neighbouring numbers, 16 bytes at a time where N is a multiple of
 // four. A lane takes ROWS rows at a time, whose states and first tokens are all on their way before the first is used. No
-// shared memory. The lanes of a channel share its inputs, which are few. With `slots` the states are those of a pool, in
-// place; a row of slot -1 is idle: its y is zero.
+// shared memory. The lanes of a channel share its inputs, which are few. The usual call, one token in whole vectors, has a
+// kernel of its own, which takes half the registers.
 //
 // Bytes: the state, read and written once (8 B D N); all else is small. Floor 0.118 ms at B 512, D 5120, N 16 (0.180 measured)
 // on an H100.
@@ -79,22 +79,21 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
         Token token[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            int row = min(first + r, p.batch - 1), slot = p.slots ? p.slots[row] : row;
-            place[r] = slot < 0 ? -1 : (int64_t(slot) * p.channels + channel) * p.states + part * NUMBERS;
+            int row = min(first + r, p.batch - 1);
+            place[r] = (int64_t(row) * p.channels + channel) * p.states + part * NUMBERS;
 #pragma unroll
             for (int i = 0; i < NUMBERS; ++i) h[r][i] = 0.0f;
-            if (p.initial && slot >= 0) load_four(h[r], p.initial, place[r], own, whole);
+            if (p.initial) load_four(h[r], p.initial, place[r], own, whole);
             load(token[r], row, 0);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             int row = first + r;
             if (row >= p.batch) break;
-            int count = place[r] < 0 ? 0 : p.counts ? min(p.counts[row], p.length) : p.length;
             for (int t = 0; t < p.length; ++t) {
                 if (t > 0) load(token[r], row, t);
                 float y = 0.0f;
-                if (t < count && token[r].mark != PAD) {
+                if (token[r].mark != PAD) {
                     float u = token[r].u, delta = token[r].delta + bias;
                     if (p.softplus) delta = softplus(delta);
 #pragma unroll
@@ -109,7 +108,7 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
                 }
                 if (p.y.data && live && part == 0) *at(p.y, row, t) = narrow<E>(y);
             }
-            if (!live || place[r] < 0) continue;
+            if (!live) continue;
             if (whole) {
                 *reinterpret_cast<float4 *>(p.state + place[r]) = make_float4(h[r][0], h[r][1], h[r][2], h[r][3]);
             } else {
@@ -121,7 +120,8 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
     }
 }
 
-// One token, states in whole vectors, B and C of the sequences' type: no branch before the last load is on its way.
+// One token without a mark, states in whole vectors, B and C of the sequences' type, rows for as many blocks as there are: no
+// branch before the last load is on its way.
 template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan &p) {
     struct alignas(sizeof(E) * NUMBERS) Four {
         E at[NUMBERS];
@@ -174,18 +174,11 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
     }
 }
 
-template <typename E, int SPLIT, int ROWS> __device__ void any_step(const Scan &p) {
-    bool alike = !(sizeof(E) == 2 && (p.b.wide || p.c.wide));
-    if (p.length == 1 && p.states % NUMBERS == 0 && p.aligned_coefficients && alike && !p.marks && !p.slots &&
-        int64_t(gridDim.y) * ROWS >= p.batch)
-        step_once<E, SPLIT, ROWS>(p);
-    else
-        step<E, SPLIT, ROWS>(p);
-}
-
 #define KERNEL(E, S, R)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { any_step<E, S, R>(p); }
+        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { step<E, S, R>(p); }                      \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        selective_scan_step_once_##E##_##S##_##R(const __grid_constant__ Scan p) { step_once<E, S, R>(p); }
 #define ROWS(E, S) KERNEL(E, S, 1) KERNEL(E, S, 4)
 #define SPLITS(E) ROWS(E, 1) ROWS(E, 2) ROWS(E, 4) ROWS(E, 8) ROWS(E, 16) ROWS(E, 32)
 SPLITS(float)

@@ -52,9 +52,6 @@ struct Scan {
     int softplus;
     int aligned;   // whether rows of all sequences can be read and written in 16-byte pieces
     int aligned_coefficients;
-    // Steps only, both or neither: where the rows' states lie in a pool [slots, D, N], read and written in place, below
-    // zero for an idle row; and how many tokens of a row count (null: all).
-    const int *slots, *counts;
     // y before the gate, [B, L, D] of the sequences' type, contiguous: what backward needs of y where there is z.
     void *ungated;
 };

@@ -65,9 +65,20 @@ pub(super) struct Scan {
     softplus: i32,
     aligned: i32,
     aligned_coefficients: i32,
-    slots: u64,
-    counts: u64,
     pub(super) ungated: u64,
+}
+
+impl Scan {
+    /// Whether a step goes through the kernel of one token in whole vectors: see `selective_scan_step.cu`.
+    pub(super) fn is_one_token<E: Element>(&self) -> bool {
+        let alike = |side: &Coefficient| side.wide == (size_of::<E>() == 4) as i32;
+        self.length == 1
+            && self.states % 4 == 0
+            && self.aligned_coefficients == 1
+            && self.marks == 0
+            && alike(&self.b)
+            && alike(&self.c)
+    }
 }
 
 /// The tensors of a call, held: sequences with unit stride, vectors contiguous.

@@ -57,7 +57,8 @@ pub(super) fn forward<E: Element>(
         // that the kernels fill.
         unsafe {
             if let (Some(Step { split, rows, blocks: [columns, turns] }), false) = (step(sizes), keep) {
-                let kernel = format!("selective_scan_step_{}_{split}_{rows}", E::NAME);
+                let once = if scan.is_one_token::<E>() && turns * rows >= batch { "once_" } else { "" };
+                let kernel = format!("selective_scan_step_{once}{}_{split}_{rows}", E::NAME);
                 launch.plain(Module::ScanStep, &kernel, [columns, turns, 1], &[&Packed(scan)])?;
             } else {
                 if cut {
