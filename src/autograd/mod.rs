@@ -3,10 +3,12 @@
 
 mod backward;
 mod checkpoint;
+mod graph;
 mod record;
 mod tape;
 
 pub use backward::backward;
 pub use checkpoint::checkpoint;
-pub(crate) use record::{Gradients, record, record_all, storage_of};
+pub(crate) use graph::Gradients;
+pub(crate) use record::{record, record_all, storage_of};
 pub use tape::value_and_grad;

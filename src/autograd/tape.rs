@@ -10,7 +10,7 @@
 //! or variables at its end. The backward pass goes through the tape from the last entry on and sends gradients through
 //! such pieces where it meets them, so that any mix of operations is differentiated.
 
-use super::record::{Backward, Seed, check_gradient};
+use super::graph::{Backward, Seed, check_gradient};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, backprop::GradStore};
 use std::cell::RefCell;

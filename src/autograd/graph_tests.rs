@@ -1,7 +1,8 @@
-//! What [`record`] promises: every gradient arrives, for any number of inputs, outputs, passes and threads.
+//! What operators in the graph promise: every gradient arrives, for any number of inputs, outputs, passes and threads.
 
+use super::super::record::{record, record_all, storage_of};
 use super::*;
-use candle_core::{DType, Device, Var};
+use candle_core::{Device, Var};
 
 /// `y[j] = sum_i (i + 1 + 10 j) x[i]^2` with its true gradient.
 fn squares(inputs: &[&Tensor], outputs: usize) -> Result<Vec<Tensor>> {
