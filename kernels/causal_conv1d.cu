@@ -33,10 +33,6 @@ struct Conv {
     int length, channels, taps, strip, silu, wide_weight, wide_bias;
 };
 
-template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
-    E at[WIDTH];
-};
-
 // A thread's place and its walk: the inputs of the window, oldest first.
 template <typename E, int TAPS, int WIDTH> struct Walk {
     const Conv &p;

@@ -30,10 +30,6 @@ struct Norm {
     float eps;
 };
 
-template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
-    E at[WIDTH];
-};
-
 template <typename E, typename R, int WIDTH, int ITEMS, bool BLOCK> struct Team {
     static constexpr int SIZE = BLOCK ? THREADS : LANES;
     static constexpr int PER_BLOCK = THREADS / SIZE;
