@@ -1,213 +1,104 @@
 // Depthwise causal convolution, forward and backward; src/ops/causal_conv1d has the formula.
 //
-// Grid (strips of tokens, vectors of channels over blocks, batch), 128 threads. A thread owns WIDTH neighbouring channels
-// and walks a strip of tokens with the last TAPS inputs in registers; a filter of fewer taps has zeros in front. Where
-// padding lies within a sequence, a walk looks back by the marks for the inputs before its strip.
+// Grid (vectors of channels over blocks, batch, strips of tokens), 128 threads. A thread owns WIDTH neighbouring channels and
+// walks a strip of tokens with the last TAPS inputs in registers; a filter of fewer taps has zeros in front. A walk begins a few
+// tokens before its strip, so that nothing waits for the window; where padding lies within a sequence, it looks back by the
+// marks instead. Backward, each warp of a block has a strip of its own.
 //
-// Bytes: forward reads x and writes y once, plus TAPS - 1 tokens before each strip; backward reads x and dy and writes
-// dx, TAPS - 1 tokens on both sides more. No atomics: the shares of dweight and dbias of each strip are added up by
-// causal_conv1d_sum in order.
-// Forward keeps 12 tokens of a thread on their way through shared memory (16 KB a block in bf16), which registers could not
-// hold, and strips are as long as lets all blocks run at once: launches and last waves cost as much as memory else.
-// Registers (4 taps): forward 75, 6 blocks a multiprocessor, backward 158. One H100, K 4, bf16, beside a copy of as many
-// bytes in the same run: 130m 0.045 ms (84% of the copy's speed), 2.8b-8k 0.129 (89%). 16-byte accesses with the next four
-// tokens in registers, 159 of them, took 0.167; the next four of 8 bytes in registers 0.144. Faster still: backward's shares
-// summed within a block first.
-#include "common/types.cuh"
-
-constexpr int THREADS = 128;
-constexpr uint8_t START = 1;
-constexpr uint8_t PAD = 2;
-
-struct Sequence {
-    void *data;
-    int64_t row, token;
-};
-
-struct Conv {
-    Sequence x, y, dy, dx;
-    const void *weight, *bias;                     // [D, K], [D]: f32 where wide, else of the sequences' type
-    const float *initial, *dfinal;                 // [B, D, K - 1] twice
-    float *final, *dinitial, *shares;              // [B, D, K - 1] twice, [B, strips, K + 1, D]
-    const uint8_t *marks;                          // [B, L]
-    int length, channels, taps, strip, silu, wide_weight, wide_bias;
-};
-
-template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
-    E at[WIDTH];
-};
-
-// A thread's place and its walk: the inputs of the window, oldest first.
-template <typename E, int TAPS, int WIDTH> struct Walk {
-    const Conv &p;
-    int channel, row, begin, end, live;
-    float window[TAPS][WIDTH], weight[TAPS][WIDTH], bias[WIDTH];
-
-    __device__ explicit Walk(const Conv &p) : p(p) {
-        channel = (blockIdx.y * THREADS + threadIdx.x) * WIDTH;
-        live = channel < p.channels;
-        row = blockIdx.z;
-        begin = blockIdx.x * p.strip;
-        end = min(begin + p.strip, p.length);
-        if (!live) return;
-#pragma unroll
-        for (int k = 0; k < TAPS; ++k)
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) {
-                int tap = k - (TAPS - p.taps);
-                weight[k][i] = tap >= 0 ? parameter(p.weight, int64_t(channel + i) * p.taps + tap, p.wide_weight) : 0.0f;
-                window[k][i] = 0.0f;
-            }
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) bias[i] = p.bias ? parameter(p.bias, channel + i, p.wide_bias) : 0.0f;
-    }
-
-    static __device__ float parameter(const void *from, int64_t i, int wide) {
-        return wide ? static_cast<const float *>(from)[i] : widen(static_cast<const E *>(from)[i]);
-    }
-
-    __device__ uint8_t mark(int t) const { return p.marks ? p.marks[int64_t(row) * p.length + t] : 0; }
-
-    __device__ void load(float (&to)[WIDTH], const Sequence &s, int t) const {
-        auto from = static_cast<const E *>(s.data) + row * s.row + t * s.token + channel;
-        Pack<E, WIDTH> v = *reinterpret_cast<const Pack<E, WIDTH> *>(from);
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) to[i] = widen(v.at[i]);
-    }
-
-    __device__ void store(const Sequence &s, int t, const float (&from)[WIDTH]) const {
-        Pack<E, WIDTH> v;
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) v.at[i] = narrow<E>(from[i]);
-        auto to = static_cast<E *>(s.data) + row * s.row + t * s.token + channel;
-        *reinterpret_cast<Pack<E, WIDTH> *>(to) = v;
-    }
-
-    // Place of slot `k >= 1` of the window in a [B, D, K - 1] state; below zero: not part of it.
-    __device__ int64_t slot(int k, int i) const {
-        int column = k - 1 - (TAPS - p.taps);
-        return column < 0 ? -1 : (int64_t(row) * p.channels + channel + i) * (p.taps - 1) + column;
-    }
-
-    // The window before token `begin`: slots 1.. hold the last inputs of its sequence.
-    __device__ void look_back() {
-        int t = begin - 1, k = TAPS - 1;
-        for (; k >= 1 && t >= 0; --t) {
-            uint8_t m = mark(t);
-            if (m == PAD) continue;
-#pragma unroll
-            for (int j = 1; j < TAPS; ++j)
-                if (j == k) load(window[j], p.x, t);
-            --k;
-            if (m == START) return;
-        }
-        if (!p.initial) return;
-        // slots still empty: the latest inputs of the initial state
-#pragma unroll
-        for (int j = 1; j < TAPS; ++j)
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) {
-                int64_t place = j <= k ? slot(j + TAPS - 1 - k, i) : -1;
-                if (place >= 0) window[j][i] = p.initial[place];
-            }
-    }
-
-    __device__ void clear() {
-#pragma unroll
-        for (int k = 0; k < TAPS; ++k)
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) window[k][i] = 0.0f;
-    }
-
-    __device__ void push(const float (&x)[WIDTH]) {
-#pragma unroll
-        for (int k = 0; k + 1 < TAPS; ++k)
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) window[k][i] = window[k + 1][i];
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) window[TAPS - 1][i] = x[i];
-    }
-
-    // The filter's result for the newest input, before SiLU.
-    __device__ void filter(float (&sum)[WIDTH]) const {
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) {
-            sum[i] = bias[i];
-#pragma unroll
-            for (int k = 0; k < TAPS; ++k) sum[i] = fmaf(weight[k][i], window[k][i], sum[i]);
-        }
-    }
-};
-
-// Groups of tokens on their way through shared memory; a thread uses what it has asked for itself.
-template <typename E, int WIDTH> struct Ring {
-    static constexpr int AHEAD = 4, DEPTH = WIDTH == 1 ? 1 : 4;
-    Pack<E, WIDTH> at[DEPTH][AHEAD][THREADS];
-};
+// Bytes: forward reads x and writes y once, plus a few tokens before each strip; backward reads x and dy and writes dx, some
+// tokens on both sides more. No atomics: the shares of dweight and dbias of a block's strips are added up in order, those of
+// all blocks by causal_conv1d_sum.
+// Tokens are on their way through shared memory (12 of a thread forward, 16 KB a block; 8 backward, 24 KB, in bf16), which
+// registers could not hold. Registers (4 taps): forward 72, 7 blocks a multiprocessor, backward 143, 3 blocks.
+// One H200, K 4, bf16, over more data than its L2 cache holds, share of the speed of a copy of as many bytes in the same run (of
+// a copy of 512 MB, 4.17 TB/s): 130m 0.0326 ms, 82% (74%), 2.8b-8k 0.0905, 90% (89%); backward 0.0577 (63%) and 0.180 (67%).
+// Without SiLU 0.033 and 0.090: arithmetic does not bind. Strips of 16 to 128 tokens are within 5% of each other, and a last
+// wave of shorter strips gained nothing. Slower: 16-byte accesses (0.038 and 0.101).
+#include "common/conv.cuh"
 
 // Filters the tokens of a strip.
 template <bool MARKED, typename E, int TAPS, int WIDTH>
-__device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk, Ring<E, WIDTH> &ring) {
-    constexpr int AHEAD = Ring<E, WIDTH>::AHEAD, DEPTH = Ring<E, WIDTH>::DEPTH;
+__device__ __forceinline__ void filter_strip(Walk<E, TAPS, WIDTH> &walk, Ring<E, WIDTH, 4> &ring) {
+    constexpr int AHEAD = ring.AHEAD, DEPTH = ring.DEPTH;
     using Elements = Pack<E, WIDTH>;
     const Conv &p = walk.p;
-    auto from = static_cast<const E *>(p.x.data) + walk.row * p.x.row + walk.begin * p.x.token + walk.channel;
-    auto to = static_cast<E *>(p.y.data) + walk.row * p.y.row + walk.begin * p.y.token + walk.channel;
-    auto use = [&](const Elements &in, int t) {
-        uint8_t m = MARKED ? walk.mark(t) : 0;
-        float x[WIDTH], y[WIDTH] = {};
-        if (!MARKED || m != PAD) {
-            if (MARKED && m == START) walk.clear();
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) x[i] = widen(in.at[i]);
-            walk.push(x);
-            walk.filter(y);
-            if (p.silu)
-#pragma unroll
-                for (int i = 0; i < WIDTH; ++i) y[i] = silu(y[i]);
-        }
-        Elements out;
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) out.at[i] = narrow<E>(y[i]);
-        *reinterpret_cast<Elements *>(to) = out;
-        to += p.y.token;
+    bool before = !MARKED && walk.begin > 0;
+    int first = walk.begin - (before ? walk.HALO : 0), left = walk.end - first;
+    const E *from = walk.at(p.x, first);
+    E *to = walk.at(p.y, walk.begin);
+    auto ask = [&](int slot) {
+        ring.ask(slot, from, p.x.token, left);
+        left -= AHEAD;
+        commit_copies();
     };
-    int t = walk.begin;
-    if constexpr (WIDTH == 1) {
-        walk.look_back();
-        for (; t < walk.end; ++t, from += p.x.token) use(*reinterpret_cast<const Elements *>(from), t);
-    } else {
-        int left = walk.end - t;
-        auto ask = [&](int slot) {
+    // COUNT tokens from `t`: filters first, then what they go through, so that all of them are under way together
+    auto use = [&](auto &in, int t) {
+        constexpr int COUNT = sizeof(in) / sizeof(Elements);
+        float y[COUNT][WIDTH] = {};
 #pragma unroll
-            for (int j = 0; j < AHEAD; ++j, from += p.x.token)
-                if (j < left) copy_async<sizeof(Elements)>(&ring.at[slot][j][threadIdx.x], from);
-            left -= AHEAD;
-            commit_copies();
-        };
-#pragma unroll
-        for (int slot = 0; slot + 1 < DEPTH; ++slot) ask(slot);
-        walk.look_back();
-        int slot = 0;
-        for (; t + AHEAD <= walk.end; t += AHEAD, slot = (slot + 1) % DEPTH) {
-            wait_copies<DEPTH - 2>();
-            Elements now[AHEAD];
-#pragma unroll
-            for (int j = 0; j < AHEAD; ++j) now[j] = ring.at[slot][j][threadIdx.x];
-            ask((slot + DEPTH - 1) % DEPTH);
-#pragma unroll
-            for (int j = 0; j < AHEAD; ++j) use(now[j], t + j);
+        for (int j = 0; j < COUNT; ++j) {
+            uint8_t m = MARKED ? walk.mark(t + j) : 0;
+            if (MARKED && m == PAD) continue;
+            if (MARKED && m == START) walk.clear();
+            walk.push(in[j]);
+            walk.filter(y[j]);
         }
-        wait_copies<0>();
+        if (p.silu)
+#pragma unroll
+            for (int j = 0; j < COUNT; ++j)
+#pragma unroll
+                for (int i = 0; i < WIDTH; ++i) y[j][i] = silu(y[j][i]);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j, to += p.y.token) {
+            Elements out;
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) out.at[i] = narrow<E>(y[j][i]);
+            *reinterpret_cast<Elements *>(to) = out;
+        }
+    };
+    unsigned slot = 0;
+    // the next group, another one asked for in its place
+    auto next = [&](Elements(&now)[AHEAD]) {
+        if (DEPTH == 1) ask(0);
+        wait_copies<DEPTH == 1 ? 0 : DEPTH - 2>();
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) now[j] = ring.at[slot][j][threadIdx.x];
+        if (DEPTH > 1) ask((slot + DEPTH - 1) % DEPTH);
+        slot = (slot + 1) % DEPTH;
+    };
+#pragma unroll
+    for (int slot = 0; slot + 1 < DEPTH; ++slot) ask(slot);
+    // while they are on their way
+    walk.parameters();
+    Elements now[AHEAD];
+    if (before) {
+#pragma unroll
+        for (int group = 0; group < walk.HALO; group += AHEAD) {
+            next(now);
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) walk.push(now[j]);
+        }
+    } else {
+        walk.look_back();
+    }
+    int t = walk.begin;
+    for (; t + AHEAD <= walk.end; t += AHEAD) {
+        next(now);
+        use(now, t);
+    }
+    if (DEPTH == 1) ask(0);
+    wait_copies<0>();
 #pragma unroll 1
-        for (int j = 0; t < walk.end; ++j, ++t) use(ring.at[slot][j][threadIdx.x], t);
+    for (int j = 0; t < walk.end; ++j, ++t) {
+        Elements last[1] = {ring.at[slot][j][threadIdx.x]};
+        use(last, t);
     }
 }
 
 template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p) {
-    Walk<E, TAPS, WIDTH> walk(p);
+    Walk<E, TAPS, WIDTH> walk(p, blockIdx.x * THREADS + threadIdx.x, blockIdx.z);
     if (!walk.live) return;
-    __shared__ Ring<E, WIDTH> ring;
+    __shared__ Ring<E, WIDTH, 4> ring;
     if (p.marks)
         filter_strip<true>(walk, ring);
     else
@@ -223,13 +114,38 @@ template <typename E, int TAPS, int WIDTH> __device__ void forward(const Conv &p
         }
 }
 
-template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &p) {
-    Walk<E, TAPS, WIDTH> walk(p);
-    if (!walk.live) return;
-    walk.look_back();
+// Groups of tokens and gradients on their way; behind them, the shares of a block's strips.
+template <typename E, int TAPS, int WIDTH> union BackwardMemory {
+    struct {
+        Ring<E, WIDTH, sizeof(E) == 4 ? 2 : 3> x, dy;
+    };
+    float shares[TAPS + 1][WIDTH][THREADS];
+};
+
+// Walks a strip back: gradients of its inputs and of what lies before the row, and the strip's share of dweight and dbias.
+template <bool MARKED, typename E, int TAPS, int WIDTH>
+__device__ __forceinline__ void walk_strip(Walk<E, TAPS, WIDTH> &walk, BackwardMemory<E, TAPS, WIDTH> &m,
+                                           float (&dweight)[TAPS][WIDTH], float (&dbias)[WIDTH]) {
+    const Conv &p = walk.p;
+    constexpr int AHEAD = m.x.AHEAD, DEPTH = m.x.DEPTH;
+    // tokens beyond the strip add to the gradients of its last inputs
+    bool before = !MARKED && walk.begin > 0;
+    int first = walk.begin - (before ? walk.HALO : 0);
+    int stop = MARKED ? p.length : min(walk.end + TAPS - 1, p.length), left = stop - first;
+    const E *x = walk.at(p.x, first), *dy = walk.at(p.dy, first);
+    auto ask = [&](int slot) {
+        m.x.ask(slot, x, p.x.token, left);
+        m.dy.ask(slot, dy, p.dy.token, left);
+        left -= AHEAD;
+        commit_copies();
+    };
+#pragma unroll
+    for (int slot = 0; slot + 1 < DEPTH; ++slot) ask(slot);
+    walk.parameters();
+    if (!before) walk.look_back();
     constexpr int NONE = -1000000;
     // the gradients of the window's inputs so far, and whose they are: a token, or slot k of the initial state as -k
-    float pending[TAPS][WIDTH] = {}, dweight[TAPS][WIDTH] = {}, dbias[WIDTH] = {};
+    float pending[TAPS][WIDTH] = {};
     int owner[TAPS];
 #pragma unroll
     for (int k = 0; k < TAPS; ++k) owner[k] = walk.begin == 0 && k > 0 && walk.slot(k, 0) >= 0 ? -k : NONE;
@@ -242,26 +158,23 @@ template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &
         }
         owner[k] = NONE;
     };
-    constexpr int AHEAD = 4;
     int waiting = TAPS - 1; // tokens to come that may add to an input of this strip
     bool over = false;
-    int t = walk.begin;
-    while (!over && t < p.length) {
-        float x[AHEAD][WIDTH], g[AHEAD][WIDTH];
+    unsigned slot = 0;
+    for (int t = first; !over && t < stop; slot = (slot + 1) % DEPTH) {
+        if (DEPTH == 1) ask(0);
+        wait_copies<DEPTH == 1 ? 0 : DEPTH - 2>();
+        if (DEPTH > 1) ask((slot + DEPTH - 1) % DEPTH);
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (t + j < p.length) walk.load(x[j], p.x, t + j), walk.load(g[j], p.dy, t + j);
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
-            if (over || t == p.length) break;
-            uint8_t m = walk.mark(t);
-            if (m == PAD) {
+        for (int j = 0; j < AHEAD; ++j, ++t) {
+            if (over || t >= stop) break;
+            uint8_t mark = MARKED ? walk.mark(t) : 0;
+            if (MARKED && mark == PAD) {
                 float none[WIDTH] = {};
                 if (t < walk.end) walk.store(p.dx, t, none);
-                ++t;
                 continue;
             }
-            if (m == START) {
+            if (MARKED && mark == START) {
 #pragma unroll
                 for (int k = 1; k < TAPS; ++k) give(k);
                 walk.clear();
@@ -270,16 +183,19 @@ template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &
 #pragma unroll
                     for (int i = 0; i < WIDTH; ++i) pending[k][i] = 0.0f;
             }
-            if (t >= walk.end && (m == START || waiting-- == 0)) {
+            if (MARKED && t >= walk.end && (mark == START || waiting-- == 0)) {
                 over = true;
                 break;
             }
-            walk.push(x[j]);
+            walk.push(m.x.at[slot][j][threadIdx.x]);
+            if (t < walk.begin) continue;
+            float g[WIDTH];
+            widen(g, m.dy.at[slot][j][threadIdx.x]);
             if (p.silu) {
                 float s[WIDTH];
                 walk.filter(s);
 #pragma unroll
-                for (int i = 0; i < WIDTH; ++i) g[j][i] *= silu_slope(s[i], sigmoid(s[i]));
+                for (int i = 0; i < WIDTH; ++i) g[i] *= silu_slope(s[i], sigmoid(s[i]));
             }
 #pragma unroll
             for (int k = 0; k + 1 < TAPS; ++k) {
@@ -292,19 +208,19 @@ template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) {
                 pending[TAPS - 1][i] = 0.0f;
-                float counted = own ? g[j][i] : 0.0f;
+                float counted = own ? g[i] : 0.0f;
 #pragma unroll
                 for (int k = 0; k < TAPS; ++k) {
-                    pending[k][i] = fmaf(g[j][i], walk.weight[k][i], pending[k][i]);
+                    pending[k][i] = fmaf(g[i], walk.weight[k][i], pending[k][i]);
                     dweight[k][i] = fmaf(counted, walk.window[k][i], dweight[k][i]);
                 }
                 dbias[i] += counted;
             }
             give(0);
-            ++t;
         }
     }
-    if (!over) {
+    wait_copies<0>();
+    if (!over && stop == p.length) {
         // the last inputs of the row are its final state
 #pragma unroll
         for (int k = 1; k < TAPS; ++k) {
@@ -318,15 +234,35 @@ template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &
     }
 #pragma unroll
     for (int k = 0; k < TAPS; ++k) give(k);
-    float *shares = p.shares + (int64_t(walk.row) * gridDim.x + blockIdx.x) * (p.taps + 1) * p.channels + walk.channel;
+}
+
+template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &p) {
+    __shared__ BackwardMemory<E, TAPS, WIDTH> m;
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    Walk<E, TAPS, WIDTH> walk(p, blockIdx.x * LANES + lane, blockIdx.z * WARPS + warp);
+    float dweight[TAPS][WIDTH] = {}, dbias[WIDTH] = {};
+    if (walk.live) {
+        if (p.marks)
+            walk_strip<true>(walk, m, dweight, dbias);
+        else
+            walk_strip<false>(walk, m, dweight, dbias);
+    }
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
+    for (int k = 0; k <= TAPS; ++k)
 #pragma unroll
-        for (int k = 0; k < TAPS; ++k) {
-            int tap = k - (TAPS - p.taps);
-            if (tap >= 0) shares[int64_t(tap) * p.channels + i] = dweight[k][i];
+        for (int i = 0; i < WIDTH; ++i) m.shares[k][i][threadIdx.x] = k < TAPS ? dweight[k][i] : dbias[i];
+    __syncthreads();
+    float *shares = p.shares + (int64_t(walk.row) * gridDim.z + blockIdx.z) * (p.taps + 1) * p.channels;
+    for (int k = warp; k <= p.taps; k += WARPS) {
+        int tap = k == p.taps ? TAPS : k + TAPS - p.taps;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += m.shares[tap][i][w * LANES + lane];
+            if (walk.channel < p.channels) shares[int64_t(k) * p.channels + walk.channel + i] = sum;
         }
-        shares[int64_t(p.taps) * p.channels + i] = dbias[i];
     }
 }
 

@@ -272,11 +272,11 @@ template <typename E, typename F> struct Backward {
             lane.load(h, kept, n, 1.0f), kept -= row_states;
             if (all) {
                 coefficients.template widen_tile<true>(m.b, m.raw, p.b, p.c, at, start);
-                prepare<true, E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients,
+                prepare<BOTH, true, E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients,
                                     m.bias, marks, start);
             } else {
                 coefficients.template widen_tile<false>(m.b, m.raw, p.b, p.c, at, start);
-                prepare<false, E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients,
+                prepare<BOTH, false, E, F>(p, at, own, m.u[buffer], m.delta, m.z[buffer], m.dy[buffer], m.inputs, m.gradients,
                                      m.bias, marks, start);
             }
             // y is not needed before the tile is finished

@@ -74,13 +74,13 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
         int start = beginning(i), buffer = i % 2;
         uint8_t *marks = m.marks[i % 3];
         wait_copies<0>();
-        const E *u = FORWARD ? m.x : nullptr, *dy = FORWARD ? nullptr : m.x;
+        constexpr Beside BESIDE = FORWARD ? INPUTS : GRADIENTS;
         if (whole && start + TILE <= at.end) {
             coefficient.template widen_tile<true>(m.coefficient[buffer], m.raw, read, read, at, start);
-            prepare<true, E, F>(p, at, own, u, m.delta, m.z, dy, m.inputs[buffer], nullptr, m.bias, marks, start);
+            prepare<BESIDE, true, E, F>(p, at, own, m.x, m.delta, m.z, m.x, m.inputs[buffer], nullptr, m.bias, marks, start);
         } else {
             coefficient.template widen_tile<false>(m.coefficient[buffer], m.raw, read, read, at, start);
-            prepare<false, E, F>(p, at, own, u, m.delta, m.z, dy, m.inputs[buffer], nullptr, m.bias, marks, start);
+            prepare<BESIDE, false, E, F>(p, at, own, m.x, m.delta, m.z, m.x, m.inputs[buffer], nullptr, m.bias, marks, start);
         }
         bool here = found;
         if (i + 1 < tiles) fetch(beginning(i + 1)), found = load_marks(p, at, m.marks[(i + 1) % 3], beginning(i + 1));

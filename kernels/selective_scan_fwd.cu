@@ -4,23 +4,23 @@
 // asynchronous copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the
 // tokens with its numbers of the state in registers; then skip weight, gate and store.
 //
-// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 46 KB, 112 registers, 4 blocks a
-// multiprocessor), two by four (64, 42 KB, 122, 4) or two by eight (128, 37 KB, 127, 4); no spills.
+// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 46 KB, 109 registers, 4 blocks a
+// multiprocessor), two by four (64, 42 KB, 117, 4) or two by eight (128, 37 KB, 117, 4); no spills.
 // Bytes: u, delta, z, B, C read once, y written once; for training 4 N bytes a channel and KEPT tokens of states, and y
 // before the gate.
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
 // that of memory (8 B D L bytes in bf16 at 3.02 TB/s). Softplus and gate add 3 to the 16, and the clock is 1.7 GHz, not
 // 1.98, while these run: 1.36 of that floor is what the special functions allow.
-// One H100, bf16, ms (share of the floor): 130m 0.182 (53%), 1.4b 0.444 (58%), 2.8b-8k 0.709 (45%), 2.8b-64k 2.82 (45%),
-// 130m-256k 3.11 (50%; 8 rows of 32768 tokens 2.83), short 0.138 (54%).
-// ncu: one by four 9.5 instructions a number of the state, 6.2 of them in the walk, two by four 8.9 and 5.7; IPC 2.6,
-// special functions 60% and 68% busy, shared memory 70% and 64%, DRAM 25%. Issue slots, special functions and shared memory
-// are each two thirds busy, with 12 to 16 warps: their latencies bind. Whole tiles ask no questions for that reason: half of
-// the instructions outside the walk were addresses, bounds and branches.
+// bf16, ms (share of the floor): one H200 130m 0.178 (54%), 1.4b 0.430 (60%), 2.8b-8k 0.694 (46%), short 0.132 (57%); one H100
+// 2.8b-64k 2.82 (45%), 130m-256k 3.11 (50%; 8 rows of 32768 tokens 2.83).
+// ncu, 130m: one by four 9.0 instructions a number of the state, 6.2 of them in the walk; IPC 2.6, shared memory 78% busy, DRAM
+// 22%. Issue slots and special functions are two thirds busy, with 11 warps: latencies bind, and shared memory nearly does.
+// Whole tiles ask no questions for that reason: half of the instructions outside the walk were addresses, bounds and branches.
 // Where channels are few (2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
 // Tried and slower: sums over the states by the tensor cores in tf32 (9.4 instructions for 11, but 8% more time, waiting
 // for products and for bursts of exponentials); one exponential of eight by an FMA polynomial (3%); walking in some warps
-// while others prepare and finish (17% more instructions). Four tokens ahead instead of two: the same.
+// while others prepare and finish (17% more instructions). Four tokens ahead instead of two, or bias and skip weight in
+// registers: the same.
 #include "common/scan_prepare.cuh"
 
 // Tokens whose numbers are on their way while those of as many others are used.
@@ -138,19 +138,19 @@ __device__ __forceinline__ void finish(const Scan &p, const ForwardMemory<E, F> 
     for (int v = 0; v < T::OWN; ++v) {
         int token = own.token + v * T::ROWS;
         if (!WHOLE && (!own.has(v) || !own.live || start + token >= at.end)) break;
-        auto uv = T::get(m.u[buffer], v);
         typename T::Elements out;
-        float sum[T::WIDTH];
+        float u[T::WIDTH], sum[T::WIDTH];
+        widen(u, T::get(m.u[buffer], v));
         Shares<F>::sum(sum, shares + token * Shares<F>::TOKEN, own.channel);
 #pragma unroll
-        for (int k = 0; k < T::WIDTH; ++k) sum[k] = fmaf(skip[k], widen(uv.at[k]), sum[k]);
+        for (int k = 0; k < T::WIDTH; ++k) sum[k] = fmaf(skip[k], u[k], sum[k]);
         float gate[T::WIDTH];
 #pragma unroll
         for (int k = 0; k < T::WIDTH; ++k) gate[k] = 1.0f;
         if (WHOLE || p.z.data) {
-            auto zv = T::get(m.z[buffer], v);
+            widen(gate, T::get(m.z[buffer], v));
 #pragma unroll
-            for (int k = 0; k < T::WIDTH; ++k) gate[k] = silu(widen(zv.at[k]));
+            for (int k = 0; k < T::WIDTH; ++k) gate[k] = silu(gate[k]);
         }
         if (p.ungated) {
 #pragma unroll
@@ -188,9 +188,11 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     // whether tiles are whole, but for their tokens
     bool whole = F::STATES == 4 && T::PACKS >= THREADS && aligned && at.count == F::CHANNELS && coefficients.whole &&
                  p.softplus && p.z.data && !p.marks;
-    float *all_shares = Shares<F>::APART ? m.shares : m.inputs, *shares = all_shares + Shares<F>::place(lane);
-    const float *inputs = m.inputs + Inputs<F>::place(lane.own);
-    const float *own_b = m.b + lane.part * F::STATES, *own_c = m.c + lane.part * F::STATES;
+    int in_place = Inputs<F>::place(lane.own), part_place = lane.part * F::STATES, share_place = Shares<F>::place(lane);
+    // else all of them would be reckoned again for every tile
+    asm volatile("" : "+r"(in_place), "+r"(part_place), "+r"(share_place));
+    float *all_shares = Shares<F>::APART ? m.shares : m.inputs, *shares = all_shares + share_place;
+    const float *inputs = m.inputs + in_place, *own_b = m.b + part_place, *own_c = m.c + part_place;
     // What is used up while a tile is prepared has one buffer: a thread asks for what it has just read itself.
     auto fetch = [&](int buffer, uint8_t *marks, int start) {
         int left = at.end - start;
@@ -231,10 +233,10 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
         wait_copies<0>();
         if (all) {
             coefficients.template widen_tile<true>(m.b, m.raw, p.b, p.c, at, start);
-            prepare<true, E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
+            prepare<INPUTS, true, E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
         } else {
             coefficients.template widen_tile<false>(m.b, m.raw, p.b, p.c, at, start);
-            prepare<false, E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
+            prepare<INPUTS, false, E, F>(p, at, own, m.u[buffer], m.delta, nullptr, nullptr, m.inputs, nullptr, m.bias, marks, start);
         }
         if (start + TILE < at.end) fetch(buffer ^ 1, m.marks[turn], start + TILE);
         __syncthreads();

@@ -17,10 +17,6 @@ constexpr int THREADS = 256;
 constexpr int CHUNK = 16 * THREADS;
 constexpr unsigned IGNORE = ~0u;
 
-template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
-    E at[WIDTH];
-};
-
 struct CrossEntropy {
     const void *logits;      // [rows, V], rows in steps of `step`
     const unsigned *targets; // [rows]; IGNORE: none

@@ -110,11 +110,6 @@ template <int COUNT> __device__ __forceinline__ void store_floats(float *to, con
     }
 }
 
-// Neighbouring elements as they are read and written at once.
-template <typename E, int WIDTH> struct alignas(sizeof(E) * WIDTH) Pack {
-    E at[WIDTH];
-};
-
 // Where the numbers of neighbouring channels lie in a row of f32 in shared memory: four words are free behind every 32, so
 // that threads that write or read eight channels each, and lanes that read one or two, meet in different banks.
 __device__ __forceinline__ constexpr int spot(int channel) { return channel + channel / 32 * 4; }

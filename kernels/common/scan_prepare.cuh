@@ -16,9 +16,12 @@ template <typename F> struct Inputs {
     static __device__ __forceinline__ constexpr int mixed(int k) { return k / F::PER * 2 * F::PER + k % F::PER; }
 };
 
-// delta after bias and softplus, and beside it delta * u (u given) or dy (times SiLU(z) if z is given); where u is given,
-// the latter into `gradients`, unless null. Zero at padding and beyond the end.
-template <bool WHOLE, typename E, typename F>
+// What stands beside the steps: inputs, or gradients, or inputs with the gradients apart.
+enum Beside { INPUTS, GRADIENTS, BOTH };
+
+// delta after bias and softplus, and beside it delta * u or dy (times SiLU(z) if there is z); of BOTH, the latter into
+// `gradients`. Zero at padding and beyond the end.
+template <Beside BESIDE, bool WHOLE, typename E, typename F>
 __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const Tile<E, F> &own, const E *u,
                                         const E *delta, const E *z, const E *dy, float *inputs, float *gradients,
                                         const float *bias, const uint8_t *marks, int start) {
@@ -34,31 +37,31 @@ __device__ __forceinline__ void prepare(const Scan &p, const Place<F> &at, const
         if (!WHOLE && (!own.live || start + token >= at.end || (p.marks && marks[token] == PAD))) {
             float none[2 * W] = {}, no_gradients[W] = {};
             store_floats(to + spot(2 * own.channel), none);
-            if (gradients) store_floats(to_gradients + spot(own.channel), no_gradients);
+            if (BESIDE == BOTH) store_floats(to_gradients + spot(own.channel), no_gradients);
             continue;
         }
         float d[W], g[W], mixed[2 * W];
-        auto dv = T::get(delta, v);
+        widen(d, T::get(delta, v));
 #pragma unroll
-        for (int k = 0; k < W; ++k) d[k] = widen(dv.at[k]) + shift[k];
+        for (int k = 0; k < W; ++k) d[k] += shift[k];
         if (WHOLE || p.softplus)
 #pragma unroll
             for (int k = 0; k < W; ++k) d[k] = softplus_for<E>(d[k]);
-        if (dy) {
-            auto gv = T::get(dy, v);
-#pragma unroll
-            for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
+        if (BESIDE != INPUTS) {
+            widen(g, T::get(dy, v));
             if (WHOLE || p.z.data) {
-                auto zv = T::get(z, v);
+                float gate[W];
+                widen(gate, T::get(z, v));
 #pragma unroll
-                for (int k = 0; k < W; ++k) g[k] *= silu(widen(zv.at[k]));
+                for (int k = 0; k < W; ++k) g[k] *= silu(gate[k]);
             }
-            if (gradients) store_floats(to_gradients + spot(own.channel), g);
+            if (BESIDE == BOTH) store_floats(to_gradients + spot(own.channel), g);
         }
-        if (u) {
-            auto uv = T::get(u, v);
+        if (BESIDE != GRADIENTS) {
+            float x[W];
+            widen(x, T::get(u, v));
 #pragma unroll
-            for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k) + F::PER] = d[k] * widen(uv.at[k]);
+            for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k) + F::PER] = d[k] * x[k];
         } else {
 #pragma unroll
             for (int k = 0; k < W; ++k) mixed[Inputs<F>::mixed(k) + F::PER] = g[k];

@@ -148,11 +148,7 @@ template <typename E, typename F, int SIDES> struct Coefficients {
                 int i = threadIdx.x + pass * THREADS;
                 if (!has(i)) break;
                 float values[PIECE] = {};
-                if (WHOLE || start + token(i) < at.end) {
-                    Piece piece = reinterpret_cast<const Piece *>(raw)[i];
-#pragma unroll
-                    for (int k = 0; k < PIECE; ++k) values[k] = widen(piece.at[k]);
-                }
+                if (WHOLE || start + token(i) < at.end) widen(values, reinterpret_cast<const Piece *>(raw)[i]);
                 store_floats(tile + i * PIECE, values);
             }
         } else {

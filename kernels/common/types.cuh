@@ -11,6 +11,27 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(f16 x) { return __half2float(x); }
 
+// Neighbouring elements that are read and written at once, as far as an access of 16 bytes goes.
+__host__ __device__ constexpr int access(int bytes) { return bytes < 16 ? bytes : 16; }
+template <typename E, int WIDTH> struct alignas(access(sizeof(E) * WIDTH)) Pack {
+    E at[WIDTH];
+};
+
+// The elements of a pack; two bf16 of a word by a shift and a mask.
+template <int COUNT, typename E> __device__ __forceinline__ void widen(float (&to)[COUNT], Pack<E, COUNT> from) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = widen(from.at[i]);
+}
+template <int COUNT> __device__ __forceinline__ void widen(float (&to)[COUNT], Pack<bf16, COUNT> from) {
+#pragma unroll
+    for (int i = 0; i + 1 < COUNT; i += 2) {
+        uint32_t both;
+        memcpy(&both, from.at + i, sizeof(both));
+        to[i] = __uint_as_float(both << 16), to[i + 1] = __uint_as_float(both & 0xffff0000u);
+    }
+    if (COUNT % 2) to[COUNT - 1] = widen(from.at[COUNT - 1]);
+}
+
 template <typename E> __device__ __forceinline__ E narrow(float x);
 template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }

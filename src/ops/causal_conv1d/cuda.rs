@@ -3,7 +3,7 @@
 use super::{CausalConv1d, Sizes};
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
-    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
+    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, contiguous, device_of, multiprocessors,
     with_unit_stride, within,
 };
 use crate::{Error, Result};
@@ -11,22 +11,21 @@ use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, DType, Tensor};
 use half::{bf16, f16};
 
-/// Threads of a block, and channels of one access, as the kernels have them.
+/// Threads of a block, lanes of a warp, and channels of one access, as the kernels have them.
 const THREADS: usize = 128;
+const LANES: usize = 32;
 const WIDTH: usize = 4;
 /// Columns that a block of the sum adds up.
 const SUM_COLUMNS: usize = 32;
 /// Filters with up to as many taps have kernels.
 const TAPS: [usize; 3] = [2, 4, 8];
-/// Blocks of the forward pass that a multiprocessor runs at a time, tokens that they go by, and those of a strip: as many as
-/// let all blocks begin at once, within bounds.
-const RESIDENT: usize = 6;
+/// Tokens of a strip: as many as still leave each multiprocessor some blocks, in whole groups of tokens. A block has one strip
+/// forward, and one for each of its warps backward, whose shares of the gradients are fewer the longer strips are.
+const FORWARD_STRIPS: [usize; 3] = [32, 16, 8];
+const BACKWARD_STRIPS: [usize; 4] = [128, 64, 32, 16];
 const GROUP: usize = 4;
-const SHORTEST: usize = 8;
-const LONGEST: usize = 256;
-/// Tokens of a strip of the backward pass: as many as still leave each multiprocessor some blocks.
-const BACKWARD_STRIPS: [usize; 3] = [64, 32, 16];
-const BLOCKS: usize = 8;
+const FORWARD_BLOCKS: usize = 4;
+const BACKWARD_BLOCKS: usize = 2;
 /// The most blocks of a grid's second and third dimension.
 const MOST_BLOCKS: usize = 65_535;
 
@@ -36,6 +35,8 @@ struct Plan {
     taps: usize,
     width: usize,
     strip: usize,
+    /// Blocks of channels, rows, and blocks of strips.
+    grid: [usize; 3],
 }
 
 /// What a plan is made for.
@@ -51,30 +52,19 @@ impl Plan {
         let Sizes { batch, length, channels, taps } = *sizes;
         let taps = TAPS.into_iter().find(|most| *most >= taps)?;
         let width = if aligned && channels.is_multiple_of(WIDTH) { WIDTH } else { 1 };
-        let columns = (channels / width).div_ceil(THREADS);
-        if batch * length * channels == 0
-            || batch.max(columns) > MOST_BLOCKS
-            || length >= i32::MAX as usize / 2
-        {
+        if batch * length * channels == 0 || batch > MOST_BLOCKS || length >= i32::MAX as usize / 2 {
             return None;
         }
-        let columns = columns * batch;
-        let strip = match pass {
-            Pass::Forward => {
-                let turns = (length.div_ceil(LONGEST) * columns).div_ceil(count * RESIDENT);
-                let strips = (turns * count * RESIDENT / columns).max(1);
-                length.div_ceil(strips).next_multiple_of(GROUP).max(SHORTEST)
-            }
-            Pass::Backward => {
-                let enough = |strip: &usize| length.div_ceil(*strip) * columns >= count * BLOCKS;
-                BACKWARD_STRIPS.into_iter().find(enough).unwrap_or(BACKWARD_STRIPS[2])
-            }
+        let (strips, enough, lanes) = match pass {
+            Pass::Forward => (&FORWARD_STRIPS[..], FORWARD_BLOCKS, THREADS),
+            Pass::Backward => (&BACKWARD_STRIPS[..], BACKWARD_BLOCKS, LANES),
         };
-        Some(Self { taps, width, strip })
-    }
-
-    fn grid(&self, sizes: &Sizes) -> [usize; 3] {
-        [sizes.length.div_ceil(self.strip), (sizes.channels / self.width).div_ceil(THREADS), sizes.batch]
+        let (columns, together) = ((channels / width).div_ceil(lanes), THREADS / lanes);
+        let blocks = |strip: usize| length.div_ceil(strip * together);
+        let fitting = strips.iter().find(|strip| blocks(**strip) * columns * batch >= count * enough);
+        let strip = fitting.or(strips.last()).copied().unwrap_or(GROUP);
+        let strip = strip.max(length.div_ceil(MOST_BLOCKS).next_multiple_of(GROUP));
+        Some(Self { taps, width, strip, grid: [columns, batch, blocks(strip)] })
     }
 
     fn kernel<E: Element>(&self, pass: &str) -> String {
@@ -157,8 +147,8 @@ fn strided(x: &Tensor) -> Result<Tensor> {
 
 impl Saved {
     fn new(args: &CausalConv1d, sizes: Sizes) -> Result<Self> {
-        let wide = |x: &Tensor| x.detach().to_dtype(DType::F32)?.contiguous();
-        let own = |x: &Tensor| if x.dtype() == args.x.dtype() { x.detach().contiguous() } else { wide(x) };
+        let wide = |x: &Tensor| contiguous(&x.detach().to_dtype(DType::F32)?);
+        let own = |x: &Tensor| if x.dtype() == args.x.dtype() { contiguous(&x.detach()) } else { wide(x) };
         Ok(Self {
             x: strided(args.x)?,
             weight: own(args.weight)?,
@@ -262,9 +252,7 @@ impl Saved {
             call.y = self.contiguous(y.pointer(&stream, guards));
             call.last = last.pointer(&stream, guards);
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the sizes that are filled.
-            unsafe {
-                self.launch(device, &plan.kernel::<E>("fwd"), plan.grid(&self.sizes), &[&Packed(call)])?
-            };
+            unsafe { self.launch(device, &plan.kernel::<E>("fwd"), plan.grid, &[&Packed(call)])? };
         }
         Ok((y, last))
     }
@@ -279,8 +267,8 @@ impl Saved {
         let plan = self.plan(aligned(&self.x) && aligned(&dy), Pass::Backward, device)?;
         let plan =
             plan.ok_or_else(|| Error::value("causal_conv1d", "a shape that forward took", "another"))?;
-        let grid = plan.grid(&self.sizes);
-        let (states, size, count) = (batch * channels * (taps - 1), (taps + 1) * channels, grid[0] * batch);
+        let (states, size) = (batch * channels * (taps - 1), (taps + 1) * channels);
+        let count = plan.grid[2] * batch;
         let mut dx = Buffer::<E>::new(device, batch * length * channels)?;
         let mut dinitial = Buffer::<f32>::new(device, states)?;
         let mut shares = Buffer::<f32>::new(device, count * size)?;
@@ -298,7 +286,7 @@ impl Saved {
             let arguments: [&dyn Argument; 6] = [&dweight, &dbias, &call.shares, &count, &channels, &taps];
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the sizes that are filled.
             unsafe {
-                self.launch(device, &plan.kernel::<E>("bwd"), grid, &[&Packed(call)])?;
+                self.launch(device, &plan.kernel::<E>("bwd"), plan.grid, &[&Packed(call)])?;
                 self.launch(device, "causal_conv1d_sum", [size.div_ceil(SUM_COLUMNS), 1, 1], &arguments)?;
             }
         }
@@ -360,15 +348,19 @@ mod tests {
 
     #[test]
     fn strips_are_long_where_there_are_many() {
-        let plan = |batch, length, channels, taps, aligned| {
-            Plan::new(&Sizes { batch, length, channels, taps }, aligned, Pass::Forward, 132)
+        let plan = |batch, length, channels, taps, pass| {
+            let sizes = Sizes { batch, length, channels, taps };
+            Plan::new(&sizes, true, pass, 132).map(|plan| (plan.taps, plan.width, plan.strip, plan.grid))
         };
-        assert_eq!(plan(8, 2048, 1536, 4, true), Some(Plan { taps: 4, width: 4, strip: 64 }));
-        assert_eq!(plan(2, 8192, 5120, 4, true), Some(Plan { taps: 4, width: 4, strip: 212 }));
-        assert_eq!(plan(512, 2048, 4096, 4, true), Some(Plan { taps: 4, width: 4, strip: 256 }));
-        assert_eq!(plan(1, 2048, 1536, 3, true), Some(Plan { taps: 4, width: 4, strip: 8 }));
-        assert_eq!(plan(1, 10, 7, 2, true), Some(Plan { taps: 2, width: 1, strip: 8 }));
-        assert_eq!(plan(1, 10, 8, 9, true), None);
-        assert_eq!(plan(1, 0, 8, 4, true), None);
+        assert_eq!(plan(8, 2048, 1536, 4, Pass::Forward), Some((4, 4, 32, [3, 8, 64])));
+        assert_eq!(plan(2, 8192, 5120, 4, Pass::Forward), Some((4, 4, 32, [10, 2, 256])));
+        assert_eq!(plan(1, 2048, 1536, 3, Pass::Forward), Some((4, 4, 8, [3, 1, 256])));
+        assert_eq!(plan(1, 10, 7, 2, Pass::Forward), Some((2, 1, 8, [1, 1, 2])));
+        assert_eq!(plan(8, 2048, 1536, 4, Pass::Backward), Some((4, 4, 128, [12, 8, 4])));
+        assert_eq!(plan(1, 70, 8, 2, Pass::Backward), Some((2, 4, 16, [1, 1, 2])));
+        assert_eq!(plan(1, 10, 8, 9, Pass::Forward), None);
+        assert_eq!(plan(1, 0, 8, 4, Pass::Forward), None);
+        let long = plan(1, 1 << 24, 8, 4, Pass::Forward).map(|(_, _, strip, grid)| (strip, grid[2]));
+        assert_eq!(long, Some((260, 64_528)));
     }
 }

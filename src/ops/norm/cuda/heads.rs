@@ -1,18 +1,15 @@
 //! The norm of a head and the gate behind it; see `kernels/norm_heads.cu`.
 
-use super::{LANES, MOST, THREADS};
+use super::{ACCESS, LANES, MOST, THREADS, add_shares};
 use crate::Result;
 use crate::autograd::{Gradients, record};
 use crate::backend::cuda::{
-    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, contiguous, device_of, multiprocessors,
-    within,
+    Buffer, Element, Guards, Held, Launch, Module, Packed, contiguous, device_of, multiprocessors, within,
 };
 use crate::ops::norm::{Norm, NormInput, NormKind};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
-/// Bytes of one access.
-const ACCESS: usize = 16;
 /// Blocks of a pass for each multiprocessor; fewer where each leaves shares of the gradients of weight and bias.
 const BLOCKS: usize = 8;
 const SHARING_BLOCKS: usize = 2;
@@ -176,18 +173,8 @@ impl Saved {
         {
             let guards = &mut Guards::default();
             let (to, from) = (total.pointer(&stream, guards), shares.pointer(&stream, guards));
-            let arguments: [&dyn Argument; 4] = [&to, &from, &(blocks as i32), &(size as i32)];
-            let launch = Launch {
-                what: self.name,
-                device,
-                module: Module::Norm,
-                kernel: "norm_sum",
-                grid: [size.div_ceil(LANES), 1, 1],
-                threads: THREADS as u32,
-                dynamic: false,
-            };
             // SAFETY: `blocks` shares of `size` numbers, and room for their sum.
-            unsafe { launch.run(&arguments)? };
+            unsafe { add_shares(self.name, device, to, from, blocks, size)? };
         }
         let total = total.tensor(device, (2, width));
         for (row, parameter) in [(0, &self.weight), (1, &self.bias)] {

@@ -1,12 +1,14 @@
-//! The CUDA path: a warp or a block per group of a row, its values in registers; see `kernels/norm.cu`. Norms of heads that a
+//! The CUDA path: a team of threads per group of a row, its values in registers; see `kernels/norm.cu`. Norms of heads that a
 //! gate follows have kernels of their own, in [`heads`].
 
 mod heads;
+mod plan;
 
+use self::plan::{ACCESS, LANES, MOST, Plan, THREADS};
 use super::{Norm, NormInput, NormKind};
 use crate::autograd::{Gradients, record_all};
 use crate::backend::cuda::{
-    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, multiprocessors,
+    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, contiguous, device_of, multiprocessors,
     with_unit_stride, within,
 };
 use crate::{Error, Result};
@@ -14,51 +16,23 @@ use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, DType, Tensor};
 use half::{bf16, f16};
 
-/// Threads of a block, lanes of a warp, and channels of one access, as the kernels have them.
-const THREADS: usize = 256;
-const LANES: usize = 32;
-const WIDTH: usize = 4;
-/// Blocks of a pass for each multiprocessor; backward fewer of those that take more registers, for each leaves shares.
-const FORWARD_BLOCKS: usize = 16;
-const BACKWARD_BLOCKS: usize = 8;
-/// The most rows or groups that kernels count.
-const MOST: usize = 65_535;
+/// Blocks of a pass for each multiprocessor: forward as many as rows take, within bounds; backward as run at a time, for each
+/// leaves shares of the gradients of weight and bias.
+const FORWARD_BLOCKS: usize = 64;
+const BACKWARD_BLOCKS: usize = 2;
+/// Threads of a block of `norm_sum`.
+const SUM_THREADS: usize = 1024;
 
-/// Which kernel takes a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
-    width: usize,
-    items: usize,
-    /// Threads that share a row.
-    team: usize,
-}
-
-impl Plan {
-    /// For groups of `group` of `channels` channels, read `WIDTH` at a time if `aligned`; `None` if they are too wide.
-    fn new(channels: usize, group: usize, aligned: bool) -> Option<Self> {
-        let width = if aligned && group.is_multiple_of(WIDTH) { WIDTH } else { 1 };
-        let blocks = [1, 2, 3, 5, 8].map(|items| (THREADS, items));
-        let mut kernels = [(LANES, 2), (LANES, 4)].into_iter().chain(blocks);
-        let (team, items) = kernels.find(|(team, items)| team * items * width >= group)?;
-        (channels / group <= MOST).then_some(Self { width, items, team })
-    }
-
-    fn kernel<E: Element, R: Element>(&self, pass: &str) -> String {
-        let team = if self.team == LANES { "warp" } else { "block" };
-        format!("norm_{pass}_{}_{}_{}_{}_{team}", E::NAME, R::NAME, self.width, self.items)
-    }
-}
-
-/// `struct Rows` of `norm.cu`.
+/// `struct Rows` of `norm.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 struct Rows {
     data: u64,
     outer_step: i64,
-    inner_step: i64,
+    inner_step: i32,
 }
 
-/// `struct Norm` of `norm.cu`.
+/// `struct Norm` of `norm.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 struct Call {
@@ -93,6 +67,10 @@ pub(super) fn on_cuda(
     norm: &Norm,
     group: usize,
 ) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    // kernels stage one of the two
+    if input.residual.is_some() && input.z.is_some() {
+        return Ok(None);
+    }
     let run = match (input.x.dtype(), input.residual.map(Tensor::dtype)) {
         (DType::F32, _) => recorded::<f32, f32>,
         (DType::BF16, Some(DType::F32)) => recorded::<bf16, f32>,
@@ -128,13 +106,14 @@ struct Saved {
 /// A tensor of which the kernels can address the rows: unit stride, and at most two dimensions of rows unless contiguous.
 fn addressable(x: &Tensor) -> Result<Tensor> {
     let x = x.detach();
-    if x.is_contiguous() || x.rank() <= 3 { with_unit_stride(&x) } else { Ok(x.contiguous()?) }
+    let near = x.stride().iter().all(|stride| *stride <= i32::MAX as usize);
+    if x.is_contiguous() || x.rank() <= 3 && near { with_unit_stride(&x) } else { Ok(x.contiguous()?) }
 }
 
 impl Saved {
     fn new(name: &'static str, input: &NormInput, norm: &Norm, group: usize) -> Result<Self> {
         let sequence = |x: Option<&Tensor>| x.map(addressable).transpose();
-        let wide = |x: Option<&Tensor>| x.map(|x| x.detach().to_dtype(DType::F32)?.contiguous()).transpose();
+        let wide = |x: Option<&Tensor>| x.map(|x| contiguous(&x.detach().to_dtype(DType::F32)?)).transpose();
         Ok(Self {
             name,
             x: addressable(input.x)?,
@@ -166,18 +145,30 @@ impl Saved {
     }
 
     fn contiguous(&self, data: u64) -> Rows {
-        let step = self.channels() as i64;
-        Rows { data, outer_step: step * self.inner() as i64, inner_step: step }
+        let step = self.channels() as i32;
+        Rows { data, outer_step: i64::from(step) * self.inner() as i64, inner_step: step }
     }
 
-    /// Whether four channels of a tensor can be read at once, wherever a row begins.
-    fn aligned(&self, tensors: &[Option<&Tensor>]) -> bool {
-        let fits = |x: &&Tensor| {
-            let (offset, strides) = (x.layout().start_offset(), x.stride());
-            offset.is_multiple_of(WIDTH)
-                && strides.iter().rev().skip(1).all(|stride| stride.is_multiple_of(WIDTH))
-        };
-        self.channels().is_multiple_of(WIDTH) && tensors.iter().flatten().all(fits)
+    /// Whether a tensor can be read `width` channels at once, wherever a row begins.
+    fn aligned(x: &Tensor, width: usize) -> bool {
+        let (offset, strides) = (x.layout().start_offset(), x.stride());
+        offset.is_multiple_of(width)
+            && strides.iter().rev().skip(1).all(|stride| stride.is_multiple_of(width))
+    }
+
+    /// How both passes go; `None` where no kernel takes the call.
+    fn plan(&self) -> Option<Plan> {
+        let bytes = self.x.dtype().size_in_bytes();
+        let tensors = [Some(&self.x), self.residual.as_ref(), self.z.as_ref()];
+        let aligned = tensors.into_iter().flatten().all(|x| Self::aligned(x, ACCESS / bytes));
+        Plan::new(self.channels(), self.group, bytes, aligned)
+    }
+
+    /// A gradient that the kernels of `plan` can read.
+    fn readable(gradient: Option<&Tensor>, plan: Plan) -> Result<Option<Tensor>> {
+        let Some(gradient) = gradient.map(addressable).transpose()? else { return Ok(None) };
+        let fits = Self::aligned(&gradient, plan.width);
+        Ok(Some(if fits { gradient } else { gradient.force_contiguous()? }))
     }
 
     /// The arguments that both passes share.
@@ -192,23 +183,26 @@ impl Saved {
             Some((_, held)) => held.pointer(&format!("{}: {argument}", self.name), device, stream, guards),
             None => Ok(0),
         };
+        // whether the rows of all tensors lie in one step, which spares the kernels a division
+        let mut even = true;
         let mut rows = |argument: &str, held: &'s Option<(&Tensor, Held)>| {
             let data = pointer(argument, held)?;
             let Some((tensor, _)) = held else { return Ok::<_, Error>(Rows::default()) };
             Ok(match *tensor.stride() {
-                [outer, inner, _] => Rows { data, outer_step: outer as i64, inner_step: inner as i64 },
-                [inner, _] => Rows { data, outer_step: 0, inner_step: inner as i64 },
+                [outer, inner, _] => {
+                    even &= outer == inner * self.inner();
+                    Rows { data, outer_step: outer as i64, inner_step: inner as i32 }
+                }
+                [inner, _] => Rows { data, outer_step: 0, inner_step: inner as i32 },
                 _ => self.contiguous(data),
             })
         };
-        Ok(Call {
+        let mut call = Call {
             x: rows("x", &locks.x)?,
             residual: rows("residual", &locks.residual)?,
             z: rows("z", &locks.z)?,
             dy: rows("gradient", &locks.dy)?,
             dsum: rows("gradient of the sum", &locks.dsum)?,
-            weight: pointer("weight", &locks.weight)?,
-            bias: pointer("bias", &locks.bias)?,
             rows: self.rows() as i64,
             inner: self.inner() as i32,
             channels: self.channels() as i32,
@@ -219,7 +213,13 @@ impl Saved {
             gate_after: self.gate_after as i32,
             eps: self.eps as f32,
             ..Call::default()
-        })
+        };
+        if even {
+            call.inner = call.rows as i32;
+        }
+        call.weight = pointer("weight", &locks.weight)?;
+        call.bias = pointer("bias", &locks.bias)?;
+        Ok(call)
     }
 
     fn locks<'a>(&'a self, dy: Option<&'a Tensor>, dsum: Option<&'a Tensor>) -> Locks<'a> {
@@ -249,58 +249,55 @@ impl Saved {
                 sum.as_mut().map_or(Rows::default(), |sum| self.contiguous(sum.pointer(&stream, guards)));
             let blocks = self.blocks(plan, multiprocessors(device)? * FORWARD_BLOCKS);
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the same shape.
-            unsafe { self.launch(device, &plan.kernel::<E, R>("fwd"), blocks, &[&Packed(call)])? };
+            unsafe { self.launch::<E, R>(device, plan, "fwd", blocks, call)? };
         }
         Ok((y, sum))
     }
 
     fn blocks(&self, plan: Plan, most: usize) -> [usize; 3] {
-        let per_block = THREADS / plan.team;
-        [self.rows().div_ceil(per_block).min(most), self.channels() / self.group, 1]
+        [self.rows().div_ceil(plan.rows()).min(most), self.channels() / self.group, 1]
     }
 
     /// # Safety
     /// As [`Launch::run`].
-    unsafe fn launch(
+    unsafe fn launch<E: Element, R: Element>(
         &self,
         device: &CudaDevice,
-        kernel: &str,
+        plan: Plan,
+        pass: &str,
         grid: [usize; 3],
-        arguments: &[&dyn Argument],
+        call: Call,
     ) -> Result<()> {
         let what = &format!("{} of {:?}", self.name, self.x.dims());
         let launch = Launch {
             what,
             device,
             module: Module::Norm,
-            kernel,
+            kernel: &plan.kernel::<E, R>(pass),
             grid,
             threads: THREADS as u32,
-            dynamic: false,
+            dynamic: true,
         };
         // SAFETY: the caller's promise.
-        unsafe { launch.run(arguments) }
+        unsafe { launch.run(&[&Packed(call)]) }
     }
 
     /// The gradients of `x`, residual, `z`, weight and bias, as far as they are there.
     fn backward<E: Element, R: Element>(
         &self,
+        plan: Plan,
         dy: Option<&Tensor>,
         dsum: Option<&Tensor>,
     ) -> Result<Gradients> {
         let device = &device_of(&self.x)?;
         let stream = device.cuda_stream();
-        let (dy, dsum) = (dy.map(addressable).transpose()?, dsum.map(addressable).transpose()?);
-        let all = [Some(&self.x), self.residual.as_ref(), self.z.as_ref(), dy.as_ref(), dsum.as_ref()];
-        let plan = Plan::new(self.channels(), self.group, self.aligned(&all));
-        let plan = plan.ok_or_else(|| Error::value(self.name, "a width that forward took", self.group))?;
+        let (dy, dsum) = (Self::readable(dy, plan)?, Self::readable(dsum, plan)?);
         let (elements, channels) = (self.x.elem_count(), self.channels());
         let mut dx = Buffer::<E>::new(device, elements)?;
         let mut dresidual = self.residual.as_ref().map(|_| Buffer::<R>::new(device, elements)).transpose()?;
         let mut dz = self.z.as_ref().map(|_| Buffer::<E>::new(device, elements)).transpose()?;
-        let grid = self.blocks(plan, multiprocessors(device)? * (BACKWARD_BLOCKS / plan.items).max(2));
-        let teams = grid[0] * THREADS / plan.team;
-        let mut shares = Buffer::<f32>::new(device, teams * 2 * channels)?;
+        let grid = self.blocks(plan, multiprocessors(device)? * BACKWARD_BLOCKS);
+        let mut shares = Buffer::<f32>::new(device, grid[0] * 2 * channels)?;
         let mut total = Buffer::<f32>::new(device, 2 * channels)?;
         let locks = self.locks(dy.as_ref(), dsum.as_ref());
         {
@@ -314,12 +311,11 @@ impl Saved {
                 call.dz = self.contiguous(dz.pointer(&stream, guards));
             }
             call.shares = shares.pointer(&stream, guards);
-            let (total, size) = (total.pointer(&stream, guards), 2 * channels);
-            let arguments: [&dyn Argument; 4] = [&total, &call.shares, &(teams as i32), &(size as i32)];
+            let total = total.pointer(&stream, guards);
             // SAFETY: pointers and steps of tensors whose shapes were checked, and buffers of the sizes that are filled.
             unsafe {
-                self.launch(device, &plan.kernel::<E, R>("bwd"), grid, &[&Packed(call)])?;
-                self.launch(device, "norm_sum", [size.div_ceil(LANES), 1, 1], &arguments)?;
+                self.launch::<E, R>(device, plan, "bwd", grid, call)?;
+                add_shares(self.name, device, total, call.shares, grid[0], 2 * channels)?;
             }
         }
         let shape = self.x.shape();
@@ -334,6 +330,32 @@ impl Saved {
         }
         Ok(gradients)
     }
+}
+
+/// Adds up `count` shares of `size` numbers.
+///
+/// # Safety
+/// The shares are there, and room for their sum.
+unsafe fn add_shares(
+    what: &str,
+    device: &CudaDevice,
+    total: u64,
+    shares: u64,
+    count: usize,
+    size: usize,
+) -> Result<()> {
+    let launch = Launch {
+        what,
+        device,
+        module: Module::Norm,
+        kernel: "norm_sum",
+        grid: [size.div_ceil(LANES), 1, 1],
+        threads: SUM_THREADS as u32,
+        dynamic: false,
+    };
+    let arguments: [&dyn Argument; 4] = [&total, &shares, &(count as i32), &(size as i32)];
+    // SAFETY: the caller's promise.
+    unsafe { launch.run(&arguments) }
 }
 
 /// The tensors of a call, held.
@@ -354,13 +376,7 @@ fn recorded<E: Element, R: Element>(
     group: usize,
 ) -> Result<Option<(Tensor, Option<Tensor>)>> {
     let saved = Saved::new(name, input, norm, group)?;
-    let aligned = saved.aligned(&[Some(&saved.x), saved.residual.as_ref(), saved.z.as_ref()]);
-    // backward may have to read unaligned gradients
-    let (Some(plan), Some(_)) =
-        (Plan::new(saved.channels(), group, aligned), Plan::new(saved.channels(), group, false))
-    else {
-        return Ok(None);
-    };
+    let Some(plan) = saved.plan() else { return Ok(None) };
     let (y, sum) = saved.forward::<E, R>(plan)?;
     let (device, shape) = (device_of(input.x)?, input.x.shape());
     let mut inputs = vec![input.x];
@@ -372,7 +388,7 @@ fn recorded<E: Element, R: Element>(
         let dsum = gradients.get(1).and_then(Option::as_ref);
         let dy = gradients.first().and_then(Option::as_ref);
         let what = || format!("{name} of {:?}, backward", saved.x.dims());
-        let gradients = within(what, saved.backward::<E, R>(dy, dsum))?;
+        let gradients = within(what, saved.backward::<E, R>(plan, dy, dsum))?;
         let own =
             |(gradient, dtype): (Option<Tensor>, &DType)| gradient.map(|x| x.to_dtype(*dtype)).transpose();
         gradients.into_iter().zip(&dtypes).map(own).collect()
@@ -380,21 +396,4 @@ fn recorded<E: Element, R: Element>(
     let mut outputs = outputs.into_iter();
     let y = outputs.next().ok_or_else(|| Error::value(name, "a result", "none"))?;
     Ok(Some((y, outputs.next())))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn narrow_groups_go_to_warps_and_wide_ones_to_blocks() {
-        let plan = |group, aligned| Plan::new(group, group, aligned);
-        assert_eq!(plan(256, true), Some(Plan { width: 4, items: 2, team: 32 }));
-        assert_eq!(plan(512, true), Some(Plan { width: 4, items: 4, team: 32 }));
-        assert_eq!(plan(768, true), Some(Plan { width: 4, items: 1, team: 256 }));
-        assert_eq!(plan(2560, true), Some(Plan { width: 4, items: 3, team: 256 }));
-        assert_eq!(plan(768, false), Some(Plan { width: 1, items: 3, team: 256 }));
-        assert_eq!(plan(2049, false), None);
-        assert_eq!(plan(8193, true), None);
-    }
 }
