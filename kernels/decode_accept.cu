@@ -3,13 +3,13 @@
 //
 // Grid (channels over blocks, sequences, layers), 128 threads: four numbers of a channel's state a thread, the window with
 // the first four. Bytes: states read and written; accepting none of the tokens of a sequence touches nothing.
-#include "common/decode_phases.cuh"
+#include "common/decode_mamba.cuh"
 
 constexpr int BLOCK = 128;
 constexpr int NUMBERS = 4;
 
 struct Accept {
-    const Phase *phases;       // of the step, MIX and STATE of a layer being the first and the third of `each`
+    const MambaPhase *phases;       // of the step, MIX and STATE of a layer being the first and the third of `each`
     const Draft *drafts;       // of each layer
     const int *slots, *counts; // [R / T]
     int each, tokens, channels, states, rank, filter;
@@ -21,7 +21,7 @@ template <typename E> __device__ void accept(const Accept &p) {
     int slot = p.slots[sequence], count = min(p.tokens, p.counts[sequence]);
     if (channel >= p.channels || slot < 0 || count <= 0) return;
     const Draft &draft = p.drafts[blockIdx.z];
-    const Phase &mix = p.phases[blockIdx.z * p.each], &state = p.phases[blockIdx.z * p.each + 2];
+    const MambaPhase &mix = p.phases[blockIdx.z * p.each], &state = p.phases[blockIdx.z * p.each + 2];
     auto at = [&](const void *from, int t, int width, int i) {
         return widen(static_cast<const E *>(from)[int64_t(sequence * p.tokens + t) * width + i]);
     };

@@ -72,10 +72,15 @@ struct Rows {
     }
 };
 
+// What becomes of a pair of words on its way: nothing.
+struct Unchanged {
+    __device__ uint2 operator()(int, uint2 pair) const { return pair; }
+};
 // A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
 // both are there; zeros behind the end of the row.
-template <int COUNT>
-__device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to) {
+template <int COUNT, typename F = Unchanged>
+__device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to,
+                                        const F &change = F()) {
     // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
     if (end > 0)
         while (mark_of(peek(row)) != mark) {}
@@ -96,9 +101,9 @@ __device__ __forceinline__ void receive(const Word *row, const Rows &rows, int p
                     if (COUNT > 5) __nanosleep(100);
                     w[m] = peek_two(row + 2 * i);
                 }
-            else
-                w[m] = {};
-            if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
+            uint2 pair = {};
+            if (i < end) pair = change(i, {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])});
+            if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
         }
     }
 }

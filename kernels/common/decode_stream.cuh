@@ -14,16 +14,20 @@ constexpr int SLOT = GROUPS * TILE * GROUP;
 constexpr int MOST_SLOTS = 8;
 constexpr int GRAIN = 2; // outputs are shared by the blocks in pairs
 
-// `segments` matrices of `outputs` rows one below the other, all shared by the blocks alike; the first block's share goes
-// to block `turn`.
+// `segments` matrices of `outputs` rows, all shared by the blocks alike; the first block's share goes to block `turn`.
 struct Shape {
     int row_bytes, outputs, segments, turn;
+    int form, padding;
 };
+// Forms: rows as they lie; a matrix for every sequence, by its slot; above zero, rows of a head of that size, whose halves
+// are turned together, in pairs, one of each half.
+constexpr int PLAIN = 0, POOL = -1;
 
 // Weights of one phase.
 struct alignas(16) Weights {
     const char *data;
-    int shape; // one of the step's
+    int64_t shape : 8;  // one of the step's
+    int64_t apart : 56; // bytes from one segment to the next
 };
 
 // A block's share of a shape.
@@ -32,10 +36,10 @@ struct alignas(16) Share {
     int tiles, all_tiles;                 // of each segment, of all
     int groups, pieces, size;             // of a row for each warp; in how many pieces, of how many groups
     int warps;                            // that have any
-    int segments, padding;
+    int segments, form;
 
     __device__ explicit Share(const Shape &shape)
-        : row_bytes(shape.row_bytes), outputs(shape.outputs), segments(shape.segments) {
+        : row_bytes(shape.row_bytes), outputs(shape.outputs), segments(shape.segments), form(shape.form) {
         int blocks = gridDim.x, units = (outputs + GRAIN - 1) / GRAIN, block = blockIdx.x + blocks - shape.turn;
         if (block >= blocks) block -= blocks;
         int each = units / blocks, extra = units - each * blocks;
@@ -48,6 +52,12 @@ struct alignas(16) Share {
         pieces = (groups + GROUPS - 1) / GROUPS;
         size = (groups + pieces - 1) / pieces;
         warps = (all + groups - 1) / groups;
+    }
+    // Where row `n` of a matrix lies.
+    __device__ int source(int n) const {
+        if (form <= 0) return n;
+        int half = form / 2, head = Divide(half)(n / 2);
+        return head * half + n / 2 + n % 2 * half;
     }
     // From shared memory, in three loads.
     __device__ static Share load(const Share &from) {
@@ -129,17 +139,20 @@ struct Ring {
     }
 };
 
-// Copies the parts of two warps of a phase's weights.
+// Copies the parts of two warps of a phase's weights. PAIRS: rows may go in pairs.
+template <bool PAIRS>
 __device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
     int row = lane_of() / 4, unit = (warp * share.groups * 4 + lane_of() % 4) * UNIT, apart = COPIERS * share.groups * GROUP;
     bool both = warp + COPIERS < share.warps;
-    const char *segment = weights.data + int64_t(share.first + row) * share.row_bytes + unit;
+    const char *segment = weights.data + unit;
 #pragma unroll 1
-    for (int s = 0; s < share.segments; ++s, segment += int64_t(share.outputs) * share.row_bytes) {
-        const char *from = segment;
+    for (int s = 0; s < share.segments; ++s, segment += weights.apart) {
+        const char *from = segment + int64_t(share.first + row) * share.row_bytes;
 #pragma unroll 1
         for (int left = share.count - row, tile = 0; tile < share.tiles; ++tile, left -= TILE) {
             int bytes = share.row_bytes - unit;
+            if (PAIRS && share.form > 0)
+                from = segment + int64_t(share.source(share.first + tile * TILE + row)) * share.row_bytes;
 #pragma unroll 1
             for (int done = 0; done < share.groups; done += share.size, bytes -= share.size * GROUP) {
                 int groups = min(share.size, share.groups - done);

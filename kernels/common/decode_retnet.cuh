@@ -1,0 +1,383 @@
+// What the phases of a RetNet block do beside their products; src/layers/retention and src/layers/mlp.rs have the formulas.
+//
+//   QUERY   q, k = W norm(stream), turned by the token's position, q divided by s_t
+//   VALUE   v, g = W norm(stream): a block has the same channels of both, and keeps them for
+//   RETAIN  S = gamma S + k v of these channels, o = K^-1/2 q S; z = o weight act(g), and the block's sum of o^2 of each head
+//   ADD     of z times the reciprocal deviation of its head
+//   UP      u = a act(b), a, b = W norm(stream); or act(a)
+//   ADD     of u
+//
+// States go through the rings as weights do, a row for each channel of the values, and are written back from there. Nobody
+// waits for q and k: VALUE lies between.
+#pragma once
+#include "activation.cuh"
+#include "decode_loop.cuh"
+
+enum Kind { QUERY, VALUE, RETAIN, ADD, UP, HEAD };
+
+struct RetNetPhase : Phase {
+    const float *weight; // RETAIN: [V] of the norm of a head, or null
+    float *state;        // RETAIN: [slots, H, V, K], keys in the order of the turned pairs
+    int activation;      // of the gate, or without one of the value
+    int padding;
+};
+
+// What drafts leave for those who accept some of them, of each layer, for up to MOST_ROWS rows.
+struct Draft {
+    void *k, *v; // [R, H K] turned, [R, H V]
+};
+
+struct RetNetStep : Step {
+    int heads, key, value, inner, gated;
+    int divided, outside;
+    float outer, head_eps;
+    int padding;
+    const uint64_t *turns;     // [K / 2] turns of a position, times 2^64; null: none
+    const float *logs;         // [H] ln gamma
+    const unsigned *positions; // [R / T]
+    Word *qk, *z, *u;          // [R, H K, 2] pairs of words in turn, [R, H V], [R, I], elements
+    Word *parts;               // [R, blocks + H] sums of o^2, f32
+    const Draft *drafts;       // of each layer; or null
+    int own_values, most_heads; // of shared memory: channels of a block, heads of a warp's part of them, at most
+};
+
+// The two numbers of a pair of words, times `scale` each.
+template <typename E> __device__ __forceinline__ uint32_t scaled(uint32_t word, float scale) {
+    union {
+        uint32_t word;
+        E at[PACK<E>];
+    } u = {word};
+#pragma unroll
+    for (int i = 0; i < PACK<E>; ++i) u.at[i] = narrow<E>(widen(u.at[i]) * scale);
+    return u.word;
+}
+
+template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
+    using Base = Block<E, MANY>;
+    using Element = E;
+    using Phase = RetNetPhase;
+    using Step = RetNetStep;
+    struct Ahead {
+        float cos, sin, factor, weight, bias; // see prepare
+        int slot;
+    };
+    static constexpr int LAYER = 6; // phases
+    static constexpr int HINTS = 5;
+    static constexpr int FLOATS = GROUP / sizeof(float);
+    const Step &p;
+    float *own_v, *own_g; // [R, own_values]; v becomes o
+    float *scales;        // [R, most_heads] of the warp
+
+    __device__ RetNet(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
+    template <typename Room> __device__ void make_rooms(Room &&room) {
+        int own_bytes = p.rows * p.own_values * sizeof(float), scale_bytes = p.rows * p.most_heads * sizeof(float);
+        own_v = reinterpret_cast<float *>(room(own_bytes));
+        own_g = reinterpret_cast<float *>(room(own_bytes));
+        scales = reinterpret_cast<float *>(room(WARPS * scale_bytes)) + warp_of() * p.rows * p.most_heads;
+    }
+    static __device__ bool takes_norm(int kind) { return kind == QUERY || kind == UP || kind == HEAD; }
+    static __device__ bool is_for_all(int kind) { return kind == QUERY; }
+    static __device__ bool is_whole(int) { return false; }
+
+    static __device__ void copy(const Step &p, Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
+        bool pool = share.form == POOL;
+        int sequences = pool ? p.sequences() : 1;
+#pragma unroll 1
+        for (int s = 0; s < sequences; ++s) {
+            Weights own = weights;
+            int slot = pool ? p.slots[s] : 0;
+            if (slot < 0) continue;
+            own.data += int64_t(slot) * share.outputs * share.row_bytes;
+            copy_weights<true>(one, other, own, share, warp);
+        }
+    }
+    static __device__ void hints(const Step &p, const Phase &phase, const Share &share, int part) {
+        const void *from = nullptr;
+        int bytes = 0;
+        if (part < 2 && phase.bias && part < share.segments) {
+            from = static_cast<const E *>(phase.bias) + part * share.outputs + share.first, bytes = share.count * sizeof(E);
+        } else if (part == 2 && takes_norm(phase.kind)) {
+            from = phase.norm.weight, bytes = p.hidden * sizeof(float);
+        } else if (part == 3 && takes_norm(phase.kind)) {
+            from = phase.norm.bias, bytes = p.hidden * sizeof(float);
+        } else if (part == 4) {
+            from = phase.weight, bytes = p.value * sizeof(float);
+        }
+        if (from && bytes > 0) hint(from, bytes);
+    }
+
+    __device__ void begin(const Phase &, const Share &, Ahead &) {}
+    // The turn of an output of QUERY at a position, and the factor of a query.
+    __device__ void turn(const Task &task, int t, Ahead &ahead) {
+        ahead.cos = 1.0f, ahead.sin = 0.0f, ahead.factor = 1.0f;
+        if (!task.live) return;
+        unsigned position = p.positions[task.sequence] + t;
+        int head = Divide(p.key)(task.output), pair = (task.output - head * p.key) / 2;
+        if (p.turns) {
+            // signed half turns, of which 32 bits are as exact as an f32 can tell
+            int phase = int(uint64_t(position) * p.turns[pair] >> 32);
+            sincospif(float(phase) * 4.656612873077393e-10f, &ahead.sin, &ahead.cos); // 2^-31
+            if (task.output % 2 == 0) ahead.sin = -ahead.sin;
+        }
+        if (p.divided && task.segment == 0) {
+            float log = p.logs[head], count = float(position) + 1.0f;
+            ahead.factor = rsqrtf(log == 0.0f ? count : expm1f(count * log) / expm1f(log));
+        }
+    }
+    __device__ void prepare(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        if (phase.kind == QUERY) {
+            if (!MANY) turn(task, 0, ahead);
+        } else if (phase.kind == RETAIN) {
+            ahead.slot = p.slots[task.sequence];
+            ahead.weight = 1.0f;
+            if (task.live && phase.weight) ahead.weight = phase.weight[task.output - Divide(p.value)(task.output) * p.value];
+        } else if (phase.kind == UP) {
+            ahead.bias = 0.0f;
+            if (task.live && phase.bias && share.segments > 1)
+                ahead.bias = widen(static_cast<const E *>(phase.bias)[share.outputs + task.output]);
+        }
+    }
+
+    // Queries and keys of the heads of the block's values, the warp's own part of each.
+    __device__ void take_queries(const Phase &phase, const Share &share) {
+        Rows rows(p.rows);
+        Divide by(p.value);
+        int pairs = share.groups * FLOATS / PACK<E>, row_pairs = p.key / PACK<E>, begin = warp_of() * pairs;
+        int first = by(share.first), last = by(share.first + share.count - 1);
+        if (!rows.live) return;
+#pragma unroll 1
+        for (int head = first; head <= last; ++head)
+            receive<Base::WORDS>(p.copies.own(p.qk) + 2 * ((int64_t(rows.own) * p.heads + head) * row_pairs + begin), rows,
+                                 pairs, min(pairs, row_pairs - begin), this->mark - 2,
+                                 this->x + ((head - first) * p.rows + rows.own) * pairs * 8);
+    }
+    // The block that has a channel of the values.
+    static __device__ int block_of(int channel, int each, int extra) {
+        int unit = channel / GRAIN, large = extra * (each + 1);
+        return unit < large ? Divide(each + 1)(unit) : extra + Divide(max(each, 1))(unit - large);
+    }
+    // The scales of the heads of the warp's part of z; returns the first head.
+    __device__ int take_scales(int first, int end) {
+        Rows rows(p.rows);
+        Divide by(p.value);
+        int units = p.heads * p.value / GRAIN, each = units / gridDim.x, extra = units - each * gridDim.x;
+        int first_head = by(first), heads = by(end - 1) - first_head + 1, bits = 0;
+        // a head of a row has 2^bits lanes
+        while (heads << (bits + 1) <= rows.lanes) ++bits;
+        int split = 1 << bits, own = rows.begin >> bits, at = rows.begin & (split - 1);
+        const Word *row = p.copies.own(p.parts) + int64_t(rows.own) * (gridDim.x + p.heads);
+#pragma unroll 1
+        for (int start = 0; start < heads; start += rows.lanes >> bits) {
+            int head = first_head + start + own;
+            bool live = rows.live && start + own < heads;
+            float sum = 0.0f;
+            if (live) {
+                int last = block_of(head * p.value + p.value - 1, each, extra) + head;
+#pragma unroll 1
+                for (int part = block_of(head * p.value, each, extra) + head + at; part <= last; part += AT_ONCE * split) {
+                    Word w[AT_ONCE];
+#pragma unroll
+                    for (int m = 0; m < AT_ONCE; ++m)
+                        if (part + m * split <= last) w[m] = peek(row + part + m * split);
+#pragma unroll
+                    for (int m = 0; m < AT_ONCE; ++m)
+                        if (part + m * split <= last) {
+                            while (mark_of(w[m]) != this->mark - 1) w[m] = peek(row + part + m * split);
+                            sum += __uint_as_float(uint32_t(w[m]));
+                        }
+                }
+            }
+#pragma unroll 1
+            for (int step = split / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+            sum /= p.value;
+            if (live && at == 0)
+                scales[rows.own * p.most_heads + start + own] =
+                    1.0f / (p.outside ? sqrtf(sum) + p.head_eps : sqrtf(sum + p.head_eps));
+        }
+        __syncwarp();
+        return first_head;
+    }
+    __device__ Input take(const Phase &phase, const Share &share) {
+        if (phase.kind == RETAIN && warp_of() < share.warps) take_queries(phase, share);
+        // v is there
+        if (phase.kind == RETAIN) meet();
+        if (phase.kind == ADD && warp_of() < share.warps) {
+            constexpr int EACH = 8 / sizeof(E);
+            int first = warp_of() * share.groups * (GROUP / int(sizeof(E))), first_head = 0;
+            bool scale = phase.from == p.z;
+            if (scale) first_head = take_scales(first, min(first + share.groups * (GROUP / int(sizeof(E))), phase.width));
+            const float *own = scales + Rows(p.rows).own * p.most_heads;
+            Divide by(p.value);
+            Base::take(phase, share, [&](int i, uint2 pair) {
+                if (scale) {
+                    float factor = own[by(first + i * EACH) - first_head];
+                    pair.x = scaled<E>(pair.x, factor), pair.y = scaled<E>(pair.y, factor);
+                }
+                return pair;
+            });
+        }
+        return {shared_address(this->x), this->pitch};
+    }
+
+    // States of the sequences' channels through the ring, and q S behind every token.
+    __device__ void retain(Ring &ring, const Phase &phase, const Share &share) {
+        int g = lane_of() / 4, quarter = lane_of() % 4, pairs = share.groups * FLOATS / PACK<E>;
+        int first_head = Divide(p.value)(share.first), sequences = p.sequences();
+        float *sums = this->sums + warp_of() * TILE + g;
+#pragma unroll 1
+        for (int s = 0, row = 0; s < sequences; ++s, row += p.tokens) {
+            int slot = p.slots[s];
+            if (slot < 0) continue;
+#pragma unroll 1
+            for (int tile = 0; tile < share.tiles; ++tile) {
+                int own = tile * TILE + g;
+                bool live = own < share.count;
+                if (!live) own = share.count - 1;
+                int head = Divide(p.value)(share.first + own), key = warp_of() * share.groups * FLOATS + quarter * 4;
+                float decay = expf(p.logs[head]);
+                const char *x = this->x + ((head - first_head) * p.rows + row) * pairs * 8 + quarter * (4 / PACK<E>) * 8;
+                const float *v = own_v + row * p.own_values + own;
+                float *state =
+                    phase.state + ((int64_t(slot) * p.heads * p.value + share.first + own) * p.key + key);
+                constexpr int TOKENS = MANY ? MOST_ROWS : 1;
+                float o[TOKENS] = {};
+#pragma unroll 1
+                for (int left = share.groups; left > 0; left -= share.size) {
+                    wait_for_flag(ring.full + ring.next * Ring::FLAG, ring.round);
+                    int groups = min(share.size, left);
+#pragma unroll 1
+                    for (int j = 0; j < groups; ++j, key += FLOATS, state += FLOATS, x += FLOATS / PACK<E> * 8) {
+                        uint4 bits = load_shared(ring.slot() + j * LANES * UNIT);
+                        float h[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                                      __uint_as_float(bits.w)};
+#pragma unroll
+                        for (int t = 0; t < TOKENS; ++t) {
+                            if (MANY && t >= p.tokens) break;
+                            // pairs of words: of q, of k, in turn
+                            E qk[2][4];
+                            const char *at = x + t * pairs * 8;
+#pragma unroll
+                            for (int i = 0; i < 4 / PACK<E> / 2; ++i)
+#pragma unroll
+                                for (int which = 0; which < 2; ++which)
+                                    *reinterpret_cast<uint2 *>(&qk[which][i * 2 * PACK<E>]) =
+                                        reinterpret_cast<const uint2 *>(at)[i * 2 + which];
+                            float value = v[t * p.own_values];
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) {
+                                h[i] = fmaf(decay, h[i], widen(qk[1][i]) * value);
+                                o[t] = fmaf(widen(qk[0][i]), h[i], o[t]);
+                            }
+                        }
+                        if (p.keep && live && key < p.key)
+                            __stcs(reinterpret_cast<float4 *>(state), make_float4(h[0], h[1], h[2], h[3]));
+                    }
+                    __syncwarp();
+                    if (lane_of() == 0) raise_flag(ring.empty + ring.next * Ring::FLAG);
+                    ring.turn();
+                }
+#pragma unroll
+                for (int t = 0; t < TOKENS; ++t) {
+                    if (MANY && t >= p.tokens) break;
+                    o[t] += __shfl_xor_sync(~0u, o[t], 1);
+                    o[t] += __shfl_xor_sync(~0u, o[t], 2);
+                    if (quarter == 0) sums[(tile * p.rows + row + t) * WARPS * TILE] = o[t];
+                }
+            }
+        }
+    }
+    __device__ void products(Ring &ring, const Phase &phase, const Share &share, const Input &input, uint32_t zeros, int tiles) {
+        if (phase.kind == RETAIN)
+            retain(ring, phase, share);
+        else
+            multiply<E>(ring, share, input.at, zeros, input.pitch, p.rows, tiles, this->sums);
+    }
+
+    // Whole warps, for words of two lanes and for pairs.
+    __device__ void finish(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        if (phase.kind == QUERY)
+            query(phase, share, task, ahead);
+        else if (phase.kind == VALUE)
+            keep_values(phase, share, task);
+        else if (phase.kind == RETAIN)
+            output(phase, share, task, ahead);
+        else if (phase.kind == UP)
+            up(phase, share, task, ahead);
+        else if (phase.kind == ADD)
+            add(*this, share, task);
+        else
+            head(*this, share, task);
+    }
+    __device__ void query(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        // words of a row: pairs of q and k in turn
+        int width = p.heads * p.key, pair = task.output / (2 * PACK<E>), word = task.output / PACK<E> % 2;
+        Word *to = p.qk + 2 * int64_t(task.row) * (width / PACK<E>) + (2 * pair + task.segment) * 2 + word;
+#pragma unroll 1
+        for (int t = 0; t < p.tokens; ++t, to += 2 * (width / PACK<E>)) {
+            if (MANY) turn(task, t, ahead);
+            float x = ahead.factor * widen(narrow<E>(task.value(share, t))), other = __shfl_xor_sync(~0u, x, 1);
+            float y = fmaf(x, ahead.cos, other * ahead.sin), next = __shfl_down_sync(~0u, y, 1);
+            if (!task.live) continue;
+            if (task.own % PACK<E> == 0) p.copies.publish(to, pack(narrow<E>(y), narrow<E>(next)), this->mark);
+            if (!p.keep && task.segment)
+                static_cast<E *>(p.drafts[phase.layer].k)[int64_t(task.row + t) * width + task.output] = narrow<E>(y);
+        }
+    }
+    __device__ void keep_values(const Phase &phase, const Share &share, const Task &task) {
+        if (!task.live) return;
+#pragma unroll 1
+        for (int t = 0; t < p.tokens; ++t) {
+            E value = narrow<E>(task.value(share, t));
+            (task.segment ? own_g : own_v)[(task.row + t) * p.own_values + task.own] = widen(value);
+            if (!p.keep && !task.segment)
+                static_cast<E *>(p.drafts[phase.layer].v)[int64_t(task.row + t) * p.heads * p.value + task.output] = value;
+        }
+    }
+    __device__ void output(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        int at = task.row * p.own_values + task.own;
+        Word *to = p.z + (int64_t(task.row) * p.heads * p.value + task.output) / PACK<E>;
+#pragma unroll 1
+        for (int t = 0; t < p.tokens; ++t, at += p.own_values, to += p.heads * p.value / PACK<E>) {
+            float o = ahead.slot < 0 ? 0.0f : p.outer * task.value(share, t), z = o * ahead.weight;
+            if (p.gated && task.live) z *= activated(phase.activation, own_g[at]);
+            float next = __shfl_down_sync(~0u, z, 1);
+            if (!task.live) continue;
+            if (task.own % PACK<E> == 0) p.copies.publish(to, pack(narrow<E>(z), narrow<E>(next)), this->mark);
+            own_v[at] = o;
+        }
+    }
+    __device__ void up(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        Word *to = p.u + (int64_t(task.row) * p.inner + task.output) / PACK<E>;
+        const float *second = task.sum + share.tiles * p.rows * WARPS * TILE;
+        bool live = task.live && task.segment == 0;
+#pragma unroll 1
+        for (int t = 0; t < p.tokens; ++t, to += p.inner / PACK<E>, second += WARPS * TILE) {
+            float u = widen(narrow<E>(task.value(share, t)));
+            if (live && share.segments > 1)
+                u *= activated(phase.activation, widen(narrow<E>(sum_of(share, second) + ahead.bias)));
+            else
+                u = activated(phase.activation, u);
+            float next = __shfl_down_sync(~0u, u, 1);
+            if (live && task.own % PACK<E> == 0) p.copies.publish(to, pack(narrow<E>(u), narrow<E>(next)), this->mark);
+        }
+    }
+    // Sums of squares of the block's part of each head.
+    __device__ void end(const Phase &phase, const Share &share, Ahead &) {
+        if (phase.kind != RETAIN) return;
+        meet();
+        Divide by(p.value);
+        int first = by(share.first), heads = by(share.first + share.count - 1) - first + 1;
+#pragma unroll 1
+        for (int n = warp_of(); n < p.rows * heads; n += WARPS) {
+            int row = heads == 1 ? n : Divide(heads)(n), head = first + n - row * heads;
+            int begin = max(head * p.value - share.first, 0), end = min((head + 1) * p.value - share.first, share.count);
+            const float *o = own_v + row * p.own_values;
+            float sum = 0.0f;
+#pragma unroll 1
+            for (int i = begin + lane_of(); i < end; i += LANES) sum = fmaf(o[i], o[i], sum);
+            sum = warp_sum(sum);
+            if (lane_of() == 0)
+                p.copies.publish(p.parts + row * (gridDim.x + p.heads) + blockIdx.x + head, __float_as_uint(sum), this->mark);
+        }
+    }
+};
