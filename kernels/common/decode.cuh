@@ -32,16 +32,18 @@ __device__ __forceinline__ float warp_sum(float x) {
 using Word = uint64_t;
 
 __device__ __forceinline__ uint32_t mark_of(Word w) { return uint32_t(w >> 32); }
-// Words have copies, so that not all blocks ask for the same lines of L2: how many, and words between them.
+// Words have copies, so that not all blocks ask for the same lines of L2.
+constexpr int COPIES = 2;
 struct Copies {
-    int count, apart;
+    int apart; // words
 
     __device__ void publish(Word *to, uint32_t data, uint32_t mark) const {
-        for (int i = 0; i < count; ++i, to += apart)
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i, to += apart)
             asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(Word(mark) << 32 | data) : "memory");
     }
     // The one that the block reads.
-    __device__ const Word *own(const Word *from) const { return from + blockIdx.x % count * apart; }
+    __device__ const Word *own(const Word *from) const { return from + blockIdx.x % COPIES * apart; }
 };
 __device__ __forceinline__ Word peek(const Word *from) {
     Word w;

@@ -70,7 +70,7 @@ template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Sh
     const Step &p = b.p;
     if (!task.live) return;
 #pragma unroll 1
-    for (int t = 0; t < p.tokens; ++t) {
+    for (int t = 0; t < b.tokens(); ++t) {
         float *own = b.own_stream + (task.row + t) * p.own_hidden + task.own;
         float sum = *own + widen(narrow<E>(task.value(share, t)));
         if (!p.wide) sum = widen(narrow<E>(sum));
@@ -83,7 +83,7 @@ template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const S
     const Step &p = b.p;
     if (!task.live) return;
 #pragma unroll 1
-    for (int t = 0; t < p.tokens; ++t)
+    for (int t = 0; t < b.tokens(); ++t)
         static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
 }
 
@@ -114,7 +114,6 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     __shared__ Phase phases[NEAR];
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
     __shared__ uint64_t flag_words[Ring::FLAGS];
-    __shared__ __align__(16) char zeros[GROUPS * GROUP];
     Share *shares = reinterpret_cast<Share *>(share_bytes);
     char *free = bytes + p.ring_slots * WARPS * SLOT;
     auto room = [&](int size) {
@@ -131,7 +130,6 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x]);
     if (threadIdx.x < Ring::FLAGS)
         begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : LANES);
-    if (threadIdx.x < sizeof(zeros) / 4) reinterpret_cast<float *>(zeros)[threadIdx.x] = 0.0f;
     // phases near the current one lie in shared memory, a lane's eight bytes each
     constexpr int PIECES = sizeof(Phase) / 8;
     static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
@@ -151,10 +149,10 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     F f(p, row_sums, mark);
     f.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
-    f.own_stream = reinterpret_cast<float *>(room(p.rows * p.own_hidden * sizeof(float)));
+    f.own_stream = reinterpret_cast<float *>(room(f.rows() * p.own_hidden * sizeof(float)));
     f.make_rooms(room);
-    int most_tiles = p.sums_bytes / (WARPS * p.rows * TILE * int(sizeof(float))), round = 0;
-    int sequences = p.sequences();
+    int most_tiles = p.sums_bytes / (WARPS * f.rows() * TILE * int(sizeof(float))), round = 0;
+    int sequences = f.sequences();
 #pragma unroll 1
     for (int i = 0; i < p.count; ++i) {
         const Phase &phase = phases[i % NEAR];
@@ -183,7 +181,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
                 tiles = min(most_tiles, share.all_tiles - first);
                 f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
                 round ^= 1;
-                if (warp < share.warps) f.products(ring, phase, share, input, shared_address(zeros), tiles);
+                if (warp < share.warps) f.products(ring, phase, share, input, tiles);
                 keep_phase(i + 1, later);
                 meet();
                 if (F::is_whole(kind)) break;

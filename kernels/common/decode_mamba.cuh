@@ -129,7 +129,7 @@ template <typename E, bool MANY> struct Recurrence {
 
     __device__ Recurrence(Mamba<E, MANY> &b, const MambaPhase &phase, const Share &share)
         : b(b), phase(phase), share(share) {
-        tasks = b.p.sequences() * share.count;
+        tasks = b.sequences() * share.count;
         halves = b.p.states > LANES / 2 * NUMBERS ? 2 : 1;
         while (split * halves * NUMBERS < b.p.states) split *= 2, ++bits;
         lane = threadIdx.x & (split - 1), group = threadIdx.x >> bits;
@@ -162,7 +162,7 @@ template <typename E, bool MANY> struct Recurrence {
         const MambaStep &p = b.p;
         int lane = lane_of();
 #pragma unroll 1
-        for (int task = warp_of(); task < p.rows * 3; task += WARPS) {
+        for (int task = warp_of(); task < b.rows() * 3; task += WARPS) {
             int kind = task % 3, size = kind ? p.states : p.rank;
             E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch);
             x += kind ? p.rank + (kind - 1) * p.states : 0;
@@ -182,7 +182,7 @@ template <typename E, bool MANY> struct Recurrence {
     __device__ void leave_selected() {
         int width = b.p.rank + 2 * b.p.states;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < b.p.rows * width; i += THREADS)
+        for (int i = threadIdx.x; i < b.rows() * width; i += THREADS)
             static_cast<E *>(b.p.drafts[phase.layer].selected)[i] =
                 reinterpret_cast<E *>(b.selected + i / width * b.selected_pitch)[i % width];
     }
@@ -196,8 +196,8 @@ template <typename E, bool MANY> struct Recurrence {
             bool live = task < tasks;
             float *a = early, *h = early + 2 * NUMBERS, bias = early[4 * NUMBERS], skip = early[4 * NUMBERS + 1];
 #pragma unroll 1
-            for (int t = 0; t < p.tokens; ++t) {
-                int row = sequence * p.tokens + t, at = row * p.own_channels + own;
+            for (int t = 0; t < b.tokens(); ++t) {
+                int row = sequence * b.tokens() + t, at = row * p.own_channels + own;
                 E delta = narrow<E>(sum_of(share, b.place_of_sum(own, row)));
                 float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
                 const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
@@ -246,13 +246,13 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
 
     __device__ Mamba(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
     template <typename Room> __device__ void make_rooms(Room &&room) {
-        int own_bytes = p.rows * p.own_channels * sizeof(float);
+        int own_bytes = this->rows() * p.own_channels * sizeof(float);
         own_u = reinterpret_cast<float *>(room(own_bytes));
         own_z = reinterpret_cast<float *>(room(own_bytes));
         // with what the last warp reads behind the end
         int selected_groups = (words_of<E>(p.rank + 2 * p.states) * 4 + GROUP - 1) / GROUP;
         selected_pitch = pitch_of(selected_groups + selected_groups / WARPS);
-        selected = room(p.rows * selected_pitch);
+        selected = room(this->rows() * selected_pitch);
     }
     static __device__ bool takes_norm(int kind) { return kind == MIX || kind == HEAD; }
     static __device__ bool is_for_all(int) { return false; }
@@ -281,8 +281,8 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
         if (!takes_norm(phase.kind) && warp_of() < share.warps) Base::take(phase, share);
         return {shared_address(this->x), this->pitch};
     }
-    __device__ void products(Ring &ring, const Phase &, const Share &share, const Input &input, uint32_t zeros, int tiles) {
-        multiply<E>(ring, share, input.at, zeros, input.pitch, p.rows, tiles, this->sums);
+    __device__ void products(Ring &ring, const Phase &, const Share &share, const Input &input, int tiles) {
+        multiply<E, MANY>(ring, share, input.at, input.pitch, this->rows(), tiles, this->sums);
     }
     // Whole warps, for words of two lanes.
     __device__ void finish(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
@@ -303,9 +303,9 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     __device__ void take_selected(const Phase &phase) {
         int pairs = selected_pitch / 8, row_pairs = words_of<E>(phase.width) / 2;
 #pragma unroll 1
-        for (int i = threadIdx.x, r = 0; r < p.rows; i += THREADS) {
+        for (int i = threadIdx.x, r = 0; r < this->rows(); i += THREADS) {
             for (; i >= pairs; i -= pairs) ++r;
-            if (r >= p.rows) break;
+            if (r >= this->rows()) break;
             Words w = {};
             const Word *from = p.copies.own(phase.from) + 2 * (int64_t(r) * row_pairs + i);
             if (i < row_pairs)
@@ -319,7 +319,7 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
         Filter filter(ahead.early, p);
         int own = task.row * p.own_channels + task.own, at = task.row * p.channels + task.output;
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t, own += p.own_channels, at += p.channels) {
+        for (int t = 0; t < this->tokens(); ++t, own += p.own_channels, at += p.channels) {
             E x = narrow<E>(task.value(share, t)), y = x;
             float u = widen(x);
             if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
@@ -336,7 +336,7 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     __device__ void select(const Share &share, const Task &task) {
         int words = words_of<E>(share.outputs), w = task.output / PACK<E>;
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t) {
+        for (int t = 0; t < this->tokens(); ++t) {
             float value = task.value(share, t), next = __shfl_down_sync(~0u, value, 1);
             Word *row = p.selected + (task.row + t) * words;
             if (!task.live) continue;

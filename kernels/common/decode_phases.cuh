@@ -36,12 +36,11 @@ struct Step {
     unsigned *chosen;      // [R] the most probable tokens; or null
     Word *stream;          // [R, hidden], f32
     Word *best;            // [blocks, MOST_ROWS, 2]
-    Copies copies;         // of all words
+    Copies copies;
+    int padding;
     unsigned *epoch;       // the mark before the step's first, and the blocks that are done
     // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of a warp's ring
     int own_hidden, sums_bytes, x_bytes, ring_slots;
-
-    __device__ int sequences() const { return tokens == 1 ? rows : Divide(tokens)(rows); }
 };
 
 // Brings what lies at `from` close: into L2, where no stream of weights is in the way.
@@ -81,13 +80,17 @@ template <typename E, bool MANY> struct Block {
     char *x;                             // the warp's own activations, rows `pitch` apart
     int pitch;
 
+    __device__ int rows() const { return MANY ? p.rows : 1; }
+    __device__ int tokens() const { return MANY ? p.tokens : 1; }
+    __device__ int sequences() const { return MANY && p.tokens > 1 ? Divide(p.tokens)(p.rows) : rows(); }
+
     __device__ float embedded(int row, int k) const {
         E e = static_cast<const E *>(p.embedding)[int64_t(p.ids[row]) * p.hidden + k];
         return p.embedding_scale == 1.0f ? widen(e) : widen(narrow<E>(widen(e) * p.embedding_scale));
     }
     // The warp's own elements, as the products take them.
     template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, const F &change = F()) {
-        Rows rows(p.rows);
+        Rows rows(this->rows());
         int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
         pitch = pitch_of(share.groups);
         if (rows.live)
@@ -98,7 +101,7 @@ template <typename E, bool MANY> struct Block {
     // The warp's own part of the norms of the stream's rows, as elements. The first phase has the stream from the
     // embedding.
     __device__ void take_norm(const Norm &norm, const Share &share, bool first) {
-        Rows rows(p.rows);
+        Rows rows(this->rows());
         int pairs = share.groups * (GROUP / 2) / int(sizeof(E)), begin = warp_of() * pairs, end = min(pairs, p.hidden / 2 - begin);
         pitch = pitch_of(share.groups * 4 / int(sizeof(E)));
         float2 weight[AT_ONCE]; // on its way while the stream is not there
@@ -181,14 +184,14 @@ template <typename E, bool MANY> struct Block {
     __device__ void begin_stream(const Share &share) {
         Divide by(share.count);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < share.count * p.rows; i += THREADS) {
+        for (int i = threadIdx.x; i < share.count * rows(); i += THREADS) {
             int r = by(i), k = i - r * share.count;
             own_stream[r * p.own_hidden + k] = embedded(r, share.first + k);
         }
     }
     // Where that of output `own` of the tiles that are there lies, for row `row`.
     __device__ const float *place_of_sum(int own, int row) const {
-        return sums + (own / TILE * p.rows + row) * WARPS * TILE + own % TILE;
+        return sums + (own / TILE * rows() + row) * WARPS * TILE + own % TILE;
     }
 };
 
@@ -204,9 +207,9 @@ struct Task {
     // Task `task` of those of tiles first to last - 1.
     template <typename E, bool MANY>
     __device__ Task(const Block<E, MANY> &b, const Phase &phase, const Share &share, int task, int first, int last) {
-        int sequences = b.p.sequences(), q = task / TILE;
+        int sequences = b.sequences(), q = task / TILE;
         int tile = sequences == 1 ? q : Divide(sequences)(q);
-        sequence = q - tile * sequences, row = sequence * b.p.tokens;
+        sequence = q - tile * sequences, row = sequence * b.tokens();
         sum = b.place_of_sum(tile * TILE + task % TILE, row);
         tile += first;
         live = tile < last;

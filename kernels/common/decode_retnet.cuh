@@ -70,10 +70,10 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
 
     __device__ RetNet(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
     template <typename Room> __device__ void make_rooms(Room &&room) {
-        int own_bytes = p.rows * p.own_values * sizeof(float), scale_bytes = p.rows * p.most_heads * sizeof(float);
+        int own_bytes = this->rows() * p.own_values * sizeof(float), scale_bytes = this->rows() * p.most_heads * sizeof(float);
         own_v = reinterpret_cast<float *>(room(own_bytes));
         own_g = reinterpret_cast<float *>(room(own_bytes));
-        scales = reinterpret_cast<float *>(room(WARPS * scale_bytes)) + warp_of() * p.rows * p.most_heads;
+        scales = reinterpret_cast<float *>(room(WARPS * scale_bytes)) + warp_of() * this->rows() * p.most_heads;
     }
     static __device__ bool takes_norm(int kind) { return kind == QUERY || kind == UP || kind == HEAD; }
     static __device__ bool is_for_all(int kind) { return kind == QUERY; }
@@ -81,7 +81,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
 
     static __device__ void copy(const Step &p, Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
         bool pool = share.form == POOL;
-        int sequences = pool ? p.sequences() : 1;
+        int sequences = pool ? MANY ? p.rows / p.tokens : 1 : 1;
 #pragma unroll 1
         for (int s = 0; s < sequences; ++s) {
             Weights own = weights;
@@ -140,7 +140,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
 
     // Queries and keys of the heads of the block's values, the warp's own part of each.
     __device__ void take_queries(const Phase &phase, const Share &share) {
-        Rows rows(p.rows);
+        Rows rows(this->rows());
         Divide by(p.value);
         int pairs = share.groups * FLOATS / PACK<E>, row_pairs = p.key / PACK<E>, begin = warp_of() * pairs;
         int first = by(share.first), last = by(share.first + share.count - 1);
@@ -149,7 +149,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         for (int head = first; head <= last; ++head)
             receive<Base::WORDS>(p.copies.own(p.qk) + 2 * ((int64_t(rows.own) * p.heads + head) * row_pairs + begin), rows,
                                  pairs, min(pairs, row_pairs - begin), this->mark - 2,
-                                 this->x + ((head - first) * p.rows + rows.own) * pairs * 8);
+                                 this->x + ((head - first) * this->rows() + rows.own) * pairs * 8);
     }
     // The block that has a channel of the values.
     static __device__ int block_of(int channel, int each, int extra) {
@@ -158,7 +158,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     }
     // The scales of the heads of the warp's part of z; returns the first head.
     __device__ int take_scales(int first, int end) {
-        Rows rows(p.rows);
+        Rows rows(this->rows());
         Divide by(p.value);
         int units = p.heads * p.value / GRAIN, each = units / gridDim.x, extra = units - each * gridDim.x;
         int first_head = by(first), heads = by(end - 1) - first_head + 1, bits = 0;
@@ -206,7 +206,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
             int first = warp_of() * share.groups * (GROUP / int(sizeof(E))), first_head = 0;
             bool scale = phase.from == p.z;
             if (scale) first_head = take_scales(first, min(first + share.groups * (GROUP / int(sizeof(E))), phase.width));
-            const float *own = scales + Rows(p.rows).own * p.most_heads;
+            const float *own = scales + Rows(this->rows()).own * p.most_heads;
             Divide by(p.value);
             Base::take(phase, share, [&](int i, uint2 pair) {
                 if (scale) {
@@ -222,10 +222,10 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     // States of the sequences' channels through the ring, and q S behind every token.
     __device__ void retain(Ring &ring, const Phase &phase, const Share &share) {
         int g = lane_of() / 4, quarter = lane_of() % 4, pairs = share.groups * FLOATS / PACK<E>;
-        int first_head = Divide(p.value)(share.first), sequences = p.sequences();
+        int first_head = Divide(p.value)(share.first), sequences = this->sequences();
         float *sums = this->sums + warp_of() * TILE + g;
 #pragma unroll 1
-        for (int s = 0, row = 0; s < sequences; ++s, row += p.tokens) {
+        for (int s = 0, row = 0; s < sequences; ++s, row += this->tokens()) {
             int slot = p.slots[s];
             if (slot < 0) continue;
 #pragma unroll 1
@@ -235,7 +235,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 if (!live) own = share.count - 1;
                 int head = Divide(p.value)(share.first + own), key = warp_of() * share.groups * FLOATS + quarter * 4;
                 float decay = expf(p.logs[head]);
-                const char *x = this->x + ((head - first_head) * p.rows + row) * pairs * 8 + quarter * (4 / PACK<E>) * 8;
+                const char *x = this->x + ((head - first_head) * this->rows() + row) * pairs * 8 + quarter * (4 / PACK<E>) * 8;
                 const float *v = own_v + row * p.own_values + own;
                 float *state =
                     phase.state + ((int64_t(slot) * p.heads * p.value + share.first + own) * p.key + key);
@@ -252,7 +252,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                                       __uint_as_float(bits.w)};
 #pragma unroll
                         for (int t = 0; t < TOKENS; ++t) {
-                            if (MANY && t >= p.tokens) break;
+                            if (MANY && t >= this->tokens()) break;
                             // pairs of words: of q, of k, in turn
                             E qk[2][4];
                             const char *at = x + t * pairs * 8;
@@ -278,19 +278,19 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 }
 #pragma unroll
                 for (int t = 0; t < TOKENS; ++t) {
-                    if (MANY && t >= p.tokens) break;
+                    if (MANY && t >= this->tokens()) break;
                     o[t] += __shfl_xor_sync(~0u, o[t], 1);
                     o[t] += __shfl_xor_sync(~0u, o[t], 2);
-                    if (quarter == 0) sums[(tile * p.rows + row + t) * WARPS * TILE] = o[t];
+                    if (quarter == 0) sums[(tile * this->rows() + row + t) * WARPS * TILE] = o[t];
                 }
             }
         }
     }
-    __device__ void products(Ring &ring, const Phase &phase, const Share &share, const Input &input, uint32_t zeros, int tiles) {
+    __device__ void products(Ring &ring, const Phase &phase, const Share &share, const Input &input, int tiles) {
         if (phase.kind == RETAIN)
             retain(ring, phase, share);
         else
-            multiply<E>(ring, share, input.at, zeros, input.pitch, p.rows, tiles, this->sums);
+            multiply<E, MANY>(ring, share, input.at, input.pitch, this->rows(), tiles, this->sums);
     }
 
     // Whole warps, for words of two lanes and for pairs.
@@ -313,7 +313,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         int width = p.heads * p.key, pair = task.output / (2 * PACK<E>), word = task.output / PACK<E> % 2;
         Word *to = p.qk + 2 * int64_t(task.row) * (width / PACK<E>) + (2 * pair + task.segment) * 2 + word;
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t, to += 2 * (width / PACK<E>)) {
+        for (int t = 0; t < this->tokens(); ++t, to += 2 * (width / PACK<E>)) {
             if (MANY) turn(task, t, ahead);
             float x = ahead.factor * widen(narrow<E>(task.value(share, t))), other = __shfl_xor_sync(~0u, x, 1);
             float y = fmaf(x, ahead.cos, other * ahead.sin), next = __shfl_down_sync(~0u, y, 1);
@@ -326,7 +326,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     __device__ void keep_values(const Phase &phase, const Share &share, const Task &task) {
         if (!task.live) return;
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t) {
+        for (int t = 0; t < this->tokens(); ++t) {
             E value = narrow<E>(task.value(share, t));
             (task.segment ? own_g : own_v)[(task.row + t) * p.own_values + task.own] = widen(value);
             if (!p.keep && !task.segment)
@@ -337,7 +337,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         int at = task.row * p.own_values + task.own;
         Word *to = p.z + (int64_t(task.row) * p.heads * p.value + task.output) / PACK<E>;
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t, at += p.own_values, to += p.heads * p.value / PACK<E>) {
+        for (int t = 0; t < this->tokens(); ++t, at += p.own_values, to += p.heads * p.value / PACK<E>) {
             float o = ahead.slot < 0 ? 0.0f : p.outer * task.value(share, t), z = o * ahead.weight;
             if (p.gated && task.live) z *= activated(phase.activation, own_g[at]);
             float next = __shfl_down_sync(~0u, z, 1);
@@ -348,10 +348,10 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     }
     __device__ void up(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
         Word *to = p.u + (int64_t(task.row) * p.inner + task.output) / PACK<E>;
-        const float *second = task.sum + share.tiles * p.rows * WARPS * TILE;
+        const float *second = task.sum + share.tiles * this->rows() * WARPS * TILE;
         bool live = task.live && task.segment == 0;
 #pragma unroll 1
-        for (int t = 0; t < p.tokens; ++t, to += p.inner / PACK<E>, second += WARPS * TILE) {
+        for (int t = 0; t < this->tokens(); ++t, to += p.inner / PACK<E>, second += WARPS * TILE) {
             float u = widen(narrow<E>(task.value(share, t)));
             if (live && share.segments > 1)
                 u *= activated(phase.activation, widen(narrow<E>(sum_of(share, second) + ahead.bias)));
@@ -368,7 +368,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         Divide by(p.value);
         int first = by(share.first), heads = by(share.first + share.count - 1) - first + 1;
 #pragma unroll 1
-        for (int n = warp_of(); n < p.rows * heads; n += WARPS) {
+        for (int n = warp_of(); n < this->rows() * heads; n += WARPS) {
             int row = heads == 1 ? n : Divide(heads)(n), head = first + n - row * heads;
             int begin = max(head * p.value - share.first, 0), end = min((head + 1) * p.value - share.first, share.count);
             const float *o = own_v + row * p.own_values;

@@ -51,6 +51,7 @@ struct alignas(16) Share {
         groups = (all + WARPS - 1) / WARPS;
         pieces = (groups + GROUPS - 1) / GROUPS;
         size = (groups + pieces - 1) / pieces;
+        groups = pieces * size;
         warps = (all + groups - 1) / groups;
     }
     // Where row `n` of a matrix lies.
@@ -155,9 +156,8 @@ __device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weigh
                 from = segment + int64_t(share.source(share.first + tile * TILE + row)) * share.row_bytes;
 #pragma unroll 1
             for (int done = 0; done < share.groups; done += share.size, bytes -= share.size * GROUP) {
-                int groups = min(share.size, share.groups - done);
-                one.fill(from + done * GROUP, groups, bytes, left > 0);
-                if (both) other.fill(from + apart + done * GROUP, groups, bytes - apart, left > 0);
+                one.fill(from + done * GROUP, share.size, bytes, left > 0);
+                if (both) other.fill(from + apart + done * GROUP, share.size, bytes - apart, left > 0);
             }
             from += TILE * share.row_bytes;
         }
@@ -170,67 +170,93 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
     return v;
 }
 
-// Sums of a tile: outputs times rows. Lane 4 g + t has row g and outputs 2 t, 2 t + 1 where tensor cores multiply;
-// output g and a quarter of the sum for f32.
-template <typename E> struct Tile {
-    float c[2][4];
+__device__ __forceinline__ uint32_t load_word(uint32_t from) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+    return v;
+}
+
+// Sums of a tile: outputs times rows.
+//
+// A lane's 16 bytes of weights are the operand A of one product of tensor cores as they lie: its rows are the tile's outputs
+// twice, with the first and third and with the second and fourth word of 16 bytes. B has a column of the same words for
+// each row of activations and half, so that four rows take one product, and D's other columns mean nothing. Lane 4 g + t has
+// output g in rows t and 4 + t.
+template <typename E, bool MANY> struct Tile {
+    static constexpr int HALVES = MANY ? 2 : 1; // of the rows
+    uint32_t x[HALVES];                         // the lane's words of activations
+    bool both;
+    float c[HALVES][2][4];
+
+    __device__ Tile(uint32_t at, int pitch, int rows) : both(MANY && rows > 4) {
+        int row = MANY ? lane_of() / 8 : 0;
+        at += lane_of() % 4 * UNIT + lane_of() / 4 % 2 * 4;
+        x[0] = at + (row < rows ? row : 0) * pitch;
+        if (MANY) x[HALVES - 1] = at + (row + 4 < rows ? row + 4 : 0) * pitch;
+    }
     __device__ void clear() {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0.0f;
+        for (int i = 0; i < 8 * HALVES; ++i) c[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 #define MULTIPLY(KIND)                                                                                                 \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "    \
-                 "{%7, %8}, {%0, %1, %2, %3};"                                                                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+                 "{%8, %9}, {%0, %1, %2, %3};"                                                                         \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
-                 : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1))
-    static __device__ void mma(float (&c)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
+                 : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "r"(a.x), "r"(a.y))
+    static __device__ void mma(float (&c)[4], const uint4 &w, const uint2 &a) {
         if constexpr (std::is_same_v<E, bf16>)
             MULTIPLY("bf16");
         else
             MULTIPLY("f16");
     }
 #undef MULTIPLY
-    // x: the lane's row of activations; rows that are not there are zeros. The sum's order is free, so that a lane's eight
-    // numbers of 16 bytes make operands of two products as they lie.
-    template <int N> __device__ void multiply(uint32_t slot, uint32_t x) {
-        uint4 w[N], a[N];
-#pragma unroll
-        for (int j = 0; j < N; ++j) w[j] = load_shared(slot + j * LANES * UNIT), a[j] = load_shared(x + j * GROUP);
+    // N groups; `done` bytes of the activations are.
+    template <int N> __device__ void multiply(uint32_t slot, int done) {
+        uint4 w[N];
+        uint2 a[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            mma(c[0], a[j].x, a[j].y, w[j].x, w[j].y);
-            mma(c[1], a[j].z, a[j].w, w[j].z, w[j].w);
+            w[j] = load_shared(slot + j * LANES * UNIT);
+            a[j] = {load_word(x[0] + done + j * GROUP), load_word(x[0] + done + j * GROUP + 8)};
         }
-    }
-    __device__ void multiply(uint32_t slot, uint32_t x, int, int, int groups) {
-        switch (groups) {
-        case 1: multiply<1>(slot, x); break;
-        case 2: multiply<2>(slot, x); break;
-        case 3: multiply<3>(slot, x); break;
-        case 4: multiply<4>(slot, x); break;
-        default: multiply<GROUPS>(slot, x); break;
-        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) mma(c[0][j % 2], w[j], a[j]);
+        if (!both) return;
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            a[j] = {load_word(x[HALVES - 1] + done + j * GROUP), load_word(x[HALVES - 1] + done + j * GROUP + 8)};
+#pragma unroll
+        for (int j = 0; j < N; ++j) mma(c[HALVES - 1][j % 2], w[j], a[j]);
     }
     __device__ void store(float *to, int rows) {
         int g = lane_of() / 4, t = lane_of() % 4;
-        if (g < rows) *reinterpret_cast<float2 *>(to + g * WARPS * TILE + 2 * t) = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half)
+            if (t + 4 * half < rows)
+                to[(t + 4 * half) * WARPS * TILE + g] =
+                    (c[half][0][0] + c[half][0][3]) + (c[half][1][0] + c[half][1][3]);
     }
 };
-template <> struct Tile<float> {
-    float c[MOST_ROWS];
+// Lane 4 g + t has a quarter of the sum of output g.
+template <bool MANY> struct Tile<float, MANY> {
+    static constexpr int ROWS = MANY ? MOST_ROWS : 1;
+    uint32_t x;
+    int pitch, rows;
+    float c[ROWS];
+
+    __device__ Tile(uint32_t at, int pitch, int rows) : x(at + lane_of() % 4 * UNIT), pitch(pitch), rows(rows) {}
     __device__ void clear() {
 #pragma unroll
-        for (int r = 0; r < MOST_ROWS; ++r) c[r] = 0.0f;
+        for (int r = 0; r < ROWS; ++r) c[r] = 0.0f;
     }
-    // x: row 0's activations.
-    __device__ void multiply(uint32_t slot, uint32_t x, int pitch, int rows, int groups) {
+    template <int N> __device__ void multiply(uint32_t slot, int done) {
 #pragma unroll 1
-        for (int j = 0; j < groups; ++j) {
+        for (int j = 0; j < N; ++j) {
             uint4 w = load_shared(slot + j * LANES * UNIT);
 #pragma unroll
-            for (int r = 0; r < MOST_ROWS; ++r)
+            for (int r = 0; r < ROWS; ++r)
                 if (r < rows) {
-                    uint4 a = load_shared(x + r * pitch + j * GROUP);
+                    uint4 a = load_shared(x + done + r * pitch + j * GROUP);
                     c[r] = fmaf(__uint_as_float(w.x), __uint_as_float(a.x), c[r]);
                     c[r] = fmaf(__uint_as_float(w.y), __uint_as_float(a.y), c[r]);
                     c[r] = fmaf(__uint_as_float(w.z), __uint_as_float(a.z), c[r]);
@@ -241,7 +267,7 @@ template <> struct Tile<float> {
     __device__ void store(float *to, int rows) {
         int g = lane_of() / 4, t = lane_of() % 4;
 #pragma unroll
-        for (int r = 0; r < MOST_ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
             if (r < rows) {
                 c[r] += __shfl_xor_sync(~0u, c[r], 1);
                 c[r] += __shfl_xor_sync(~0u, c[r], 2);
@@ -250,33 +276,34 @@ template <> struct Tile<float> {
     }
 };
 
-// The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
-// activations, rows `pitch` apart; `zeros` stand for rows that are not there.
-template <typename E>
-__device__ void multiply(Ring &ring, const Share &share, uint32_t x, uint32_t zeros, int pitch, int rows, int tiles,
-                         float *sums) {
-    int g = lane_of() / 4, step = share.size * GROUP;
-    if (sizeof(E) == 2) {
-        if (g >= rows) step = 0;
-        x = g < rows ? x + g * pitch : zeros;
-    }
-    x += lane_of() % 4 * UNIT;
-    sums += warp_of() * TILE;
-    Tile<E> tile;
+// N groups in a slot, all the way.
+template <int N, typename T> __device__ __forceinline__ void multiply(Ring &ring, T &tile, int bytes, int rows, int tiles, float *sums) {
 #pragma unroll 1
-    for (; tiles > 0; --tiles) {
+    for (; tiles > 0; --tiles, sums += rows * WARPS * TILE) {
         tile.clear();
-        uint32_t own = x;
 #pragma unroll 1
-        for (int left = share.groups; left > 0; left -= share.size) {
+        for (int done = 0; done < bytes; done += N * GROUP) {
             wait_for_flag(ring.full + ring.next * Ring::FLAG, ring.round);
-            tile.multiply(ring.slot(), own, pitch, rows, min(share.size, left));
+            tile.template multiply<N>(ring.slot(), done);
             __syncwarp();
             if (lane_of() == 0) raise_flag(ring.empty + ring.next * Ring::FLAG);
             ring.turn();
-            own += step;
         }
         tile.store(sums, rows);
-        sums += rows * WARPS * TILE;
+    }
+}
+// The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
+// activations, rows `pitch` apart.
+template <typename E, bool MANY>
+__device__ void multiply(Ring &ring, const Share &share, uint32_t x, int pitch, int rows, int tiles, float *sums) {
+    Tile<E, MANY> tile(x, pitch, rows);
+    sums += warp_of() * TILE;
+    int bytes = share.groups * GROUP;
+    switch (share.size) {
+    case 1: multiply<1>(ring, tile, bytes, rows, tiles, sums); break;
+    case 2: multiply<2>(ring, tile, bytes, rows, tiles, sums); break;
+    case 3: multiply<3>(ring, tile, bytes, rows, tiles, sums); break;
+    case 4: multiply<4>(ring, tile, bytes, rows, tiles, sums); break;
+    default: multiply<GROUPS>(ring, tile, bytes, rows, tiles, sums); break;
     }
 }
