@@ -79,12 +79,12 @@ struct Unchanged {
     __device__ uint2 operator()(int, uint2 pair) const { return pair; }
 };
 // A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
-// both are there; zeros behind the end of the row.
-template <int COUNT, typename F = Unchanged>
+// both are there; zeros behind the end of the row. SIGN: they may be far.
+template <int COUNT, bool SIGN = true, typename F = Unchanged>
 __device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to,
                                         const F &change = F()) {
     // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
-    if (end > 0)
+    if (SIGN && end > 0)
         while (mark_of(peek(row)) != mark) {}
 #pragma unroll 1
     for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {

@@ -92,7 +92,7 @@ template <typename F>
 __device__ void copy(const typename F::Step &p, const Weights *weights, const Share *shares, uint32_t slots, uint32_t flags,
                      int warp) {
     using Phase = typename F::Phase;
-    Ring one(slots, flags, p.ring_slots, warp), other(slots, flags, p.ring_slots, warp + COPIERS);
+    Ring one(slots, flags, p.ring_slots, p.slot_bytes(), warp), other(slots, flags, p.ring_slots, p.slot_bytes(), warp + COPIERS);
 #pragma unroll 1
     for (int i = 1 - F::LAYER; i < p.count; ++i) {
         int later = i + F::LAYER;
@@ -115,7 +115,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
     __shared__ uint64_t flag_words[Ring::FLAGS];
     Share *shares = reinterpret_cast<Share *>(share_bytes);
-    char *free = bytes + p.ring_slots * WARPS * SLOT;
+    char *free = bytes + p.ring_slots * WARPS * p.slot_bytes();
     auto room = [&](int size) {
         char *own = free;
         free += (size + 15) / 16 * 16;
@@ -127,9 +127,9 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     const uint4 *all_weights = reinterpret_cast<const uint4 *>(p.weights);
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.count; i += blockDim.x) reinterpret_cast<uint4 *>(weights)[i] = all_weights[i];
-    if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x]);
+    if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x], p.slot_groups);
     if (threadIdx.x < Ring::FLAGS)
-        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : LANES);
+        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : FILLERS);
     // phases near the current one lie in shared memory, a lane's eight bytes each
     constexpr int PIECES = sizeof(Phase) / 8;
     static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
@@ -145,7 +145,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     __syncthreads();
     if (warp >= WARPS) return copy<F>(p, weights, shares, slots, flags, warp - WARPS);
 
-    Ring ring(slots, flags, p.ring_slots, warp);
+    Ring ring(slots, flags, p.ring_slots, p.slot_bytes(), warp);
     F f(p, row_sums, mark);
     f.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));

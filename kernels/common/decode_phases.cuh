@@ -39,8 +39,11 @@ struct Step {
     Copies copies;
     int padding;
     unsigned *epoch;       // the mark before the step's first, and the blocks that are done
-    // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of a warp's ring
-    int own_hidden, sums_bytes, x_bytes, ring_slots;
+    // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of a warp's ring,
+    // and groups of a row in a slot at most
+    int own_hidden, sums_bytes, x_bytes, ring_slots, slot_groups, last_padding;
+
+    __device__ int slot_bytes() const { return TILE * pitch_of(slot_groups); }
 };
 
 // Brings what lies at `from` close: into L2, where no stream of weights is in the way.

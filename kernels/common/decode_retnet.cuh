@@ -147,7 +147,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         if (!rows.live) return;
 #pragma unroll 1
         for (int head = first; head <= last; ++head)
-            receive<Base::WORDS>(p.copies.own(p.qk) + 2 * ((int64_t(rows.own) * p.heads + head) * row_pairs + begin), rows,
+            receive<Base::WORDS, false>(p.copies.own(p.qk) + 2 * ((int64_t(rows.own) * p.heads + head) * row_pairs + begin), rows,
                                  pairs, min(pairs, row_pairs - begin), this->mark - 2,
                                  this->x + ((head - first) * this->rows() + rows.own) * pairs * 8);
     }
@@ -242,12 +242,12 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 constexpr int TOKENS = MANY ? MOST_ROWS : 1;
                 float o[TOKENS] = {};
 #pragma unroll 1
-                for (int left = share.groups; left > 0; left -= share.size) {
-                    wait_for_flag(ring.full + ring.next * Ring::FLAG, ring.round);
-                    int groups = min(share.size, left);
+                for (int done = 0; done < share.groups; done += share.size) {
+                    ring.wait_full();
+                    uint32_t slot = ring.slot() + g * pitch_of(share.size) + quarter * UNIT;
 #pragma unroll 1
-                    for (int j = 0; j < groups; ++j, key += FLOATS, state += FLOATS, x += FLOATS / PACK<E> * 8) {
-                        uint4 bits = load_shared(ring.slot() + j * LANES * UNIT);
+                    for (int j = 0; j < share.size; ++j, key += FLOATS, state += FLOATS, x += FLOATS / PACK<E> * 8) {
+                        uint4 bits = load_shared(slot + j * GROUP);
                         float h[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                                       __uint_as_float(bits.w)};
 #pragma unroll
@@ -272,9 +272,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                         if (p.keep && live && key < p.key)
                             __stcs(reinterpret_cast<float4 *>(state), make_float4(h[0], h[1], h[2], h[3]));
                     }
-                    __syncwarp();
-                    if (lane_of() == 0) raise_flag(ring.empty + ring.next * Ring::FLAG);
-                    ring.turn();
+                    ring.release();
                 }
 #pragma unroll
                 for (int t = 0; t < TOKENS; ++t) {

@@ -9,8 +9,7 @@
 constexpr int TILE = 8;         // outputs
 constexpr int UNIT = 16;        // bytes of a copy
 constexpr int GROUP = 4 * UNIT; // bytes of a row in a step of products: those of four lanes
-constexpr int GROUPS = 5;       // in a piece, at most
-constexpr int SLOT = GROUPS * TILE * GROUP;
+constexpr int MOST_GROUPS = 10; // in a slot, of a row
 constexpr int MOST_SLOTS = 8;
 constexpr int GRAIN = 2; // outputs are shared by the blocks in pairs
 
@@ -38,7 +37,8 @@ struct alignas(16) Share {
     int warps;                            // that have any
     int segments, form;
 
-    __device__ explicit Share(const Shape &shape)
+    // With so many groups of a row in a slot at most.
+    __device__ Share(const Shape &shape, int most)
         : row_bytes(shape.row_bytes), outputs(shape.outputs), segments(shape.segments), form(shape.form) {
         int blocks = gridDim.x, units = (outputs + GRAIN - 1) / GRAIN, block = blockIdx.x + blocks - shape.turn;
         if (block >= blocks) block -= blocks;
@@ -49,7 +49,7 @@ struct alignas(16) Share {
         all_tiles = tiles * segments;
         int all = (row_bytes + GROUP - 1) / GROUP;
         groups = (all + WARPS - 1) / WARPS;
-        pieces = (groups + GROUPS - 1) / GROUPS;
+        pieces = (groups + most - 1) / most;
         size = (groups + pieces - 1) / pieces;
         groups = pieces * size;
         warps = (all + groups - 1) / groups;
@@ -73,8 +73,8 @@ struct alignas(16) Share {
     }
 };
 
-// Bytes between a warp's rows of so many groups of activations, which lie in other banks than those of the row before.
-__device__ __forceinline__ int pitch_of(int groups) { return (groups | 1) * GROUP; }
+// Bytes between rows of so many groups, which lie in other banks than those of the row before.
+__device__ __forceinline__ constexpr int pitch_of(int groups) { return (groups | 1) * GROUP; }
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -87,10 +87,27 @@ __device__ __forceinline__ void begin_flag(uint32_t flag, int count) {
 __device__ __forceinline__ void raise_flag(uint32_t flag) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(flag) : "memory");
 }
+// Hopper copies whole parts of rows beside the warps, elsewhere lanes copy 16 bytes each.
+#if __CUDA_ARCH__ >= 900
+constexpr bool BULK = true;
+// Behind so many bytes of bulk copies.
+__device__ __forceinline__ void raise_flag_behind_bytes(uint32_t flag, int bytes) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(flag), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t to, const char *from, int bytes, uint32_t flag, uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+                     "r"(to), "l"(from), "r"(bytes), "r"(flag), "l"(policy)
+                 : "memory");
+}
+#else
+constexpr bool BULK = false;
 // Behind all of the lane's copies.
 __device__ __forceinline__ void raise_flag_behind_copies(uint32_t flag) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
 }
+#endif
+constexpr int FILLERS = BULK ? 1 : LANES; // that raise a slot's flag when it is full
 __device__ __forceinline__ void wait_for_flag(uint32_t flag, int parity) {
     uint32_t done;
     do asm volatile("{ .reg .pred p; "
@@ -106,36 +123,63 @@ __device__ __forceinline__ void wait_for_flag(uint32_t flag, int parity) {
     while (!done);
 }
 
-// A warp's slots, filled and read in turn. Shared addresses; `round` is how often all have been, modulo 2.
+// A warp's slots, filled and read in turn; the rows of a tile in a slot are pitch_of their groups apart. Shared addresses;
+// `round` is how often all have been, modulo 2.
 struct Ring {
-    uint32_t slots, full, empty; // the lane's own place in the first slot; flags of all
-    int size, next = 0, round = 0;
+    uint32_t slots, full, empty; // the first slot; flags of all
+    int size, bytes, next = 0, round = 0;
     uint64_t policy; // weights come once a step: they leave L2 to what stays
 
-    __device__ Ring(uint32_t slots, uint32_t flags, int size, int warp) : size(size) {
-        this->slots = slots + warp * size * SLOT + lane_of() * UNIT;
+    __device__ Ring(uint32_t slots, uint32_t flags, int size, int bytes, int warp) : size(size), bytes(bytes) {
+        this->slots = slots + warp * size * bytes;
         full = flags + warp * 2 * MOST_SLOTS * FLAG, empty = full + MOST_SLOTS * FLAG;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
     static constexpr int FLAG = sizeof(uint64_t);
     static constexpr int FLAGS = WARPS * 2 * MOST_SLOTS;
 
-    __device__ uint32_t slot() const { return slots + next * SLOT; }
+    __device__ uint32_t slot() const { return slots + next * bytes; }
     __device__ void turn() {
         if (++next == size) next = 0, round ^= 1;
     }
-    // Fills the next slot with `groups` from rows of a tile; zeros behind their ends, nothing where no row is.
-    __device__ void fill(const char *from, int groups, int bytes, bool live) {
+    __device__ void wait_full() const { wait_for_flag(full + next * FLAG, round); }
+    // The warp has read the slot.
+    __device__ void release() {
+        __syncwarp();
+        if (lane_of() == 0) raise_flag(empty + next * FLAG);
+        turn();
+    }
+    // The row of a tile that a lane copies.
+    static __device__ int row() { return BULK ? lane_of() % TILE : lane_of() / 4; }
+    // Fills the next slot with `groups` from `rows` rows of a tile, the lane's own being at `from`; zeros where there are
+    // fewer bytes.
+    __device__ void fill(const char *from, int groups, int bytes, int rows) {
         wait_for_flag(empty + next * FLAG, round ^ 1);
-        uint32_t to = slot();
-#pragma unroll
-        for (int j = 0; j < GROUPS; ++j)
-            if (live && j < groups)
+        uint32_t to = slot() + row() * pitch_of(groups), flag = full + next * FLAG;
+#if __CUDA_ARCH__ >= 900
+        int whole = groups * GROUP;
+        bytes = max(0, min(bytes, whole));
+        if (bytes < whole) {
+#pragma unroll 1
+            for (int at = bytes; at < whole; at += UNIT)
+                asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + at), "r"(0) : "memory");
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+        }
+        if (lane_of() == 0) raise_flag_behind_bytes(flag, rows * bytes);
+        __syncwarp();
+        if (lane_of() < rows && bytes > 0) copy_bulk(to, from, bytes, flag, policy);
+#else
+        int unit = lane_of() % 4 * UNIT;
+#pragma unroll 1
+        for (int j = 0; j < groups; ++j)
+            if (row() < rows)
                 asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
-                                 to + j * LANES * UNIT),
-                             "l"(from + j * GROUP), "r"(bytes > j * GROUP ? UNIT : 0), "l"(policy)
+                                 to + unit + j * GROUP),
+                             "l"(from + unit + j * GROUP), "r"(bytes > unit + j * GROUP ? UNIT : 0), "l"(policy)
                              : "memory");
-        raise_flag_behind_copies(full + next * FLAG);
+        raise_flag_behind_copies(flag);
+#endif
         turn();
     }
 };
@@ -143,21 +187,21 @@ struct Ring {
 // Copies the parts of two warps of a phase's weights. PAIRS: rows may go in pairs.
 template <bool PAIRS>
 __device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
-    int row = lane_of() / 4, unit = (warp * share.groups * 4 + lane_of() % 4) * UNIT, apart = COPIERS * share.groups * GROUP;
+    int row = Ring::row(), begin = warp * share.groups * GROUP, apart = COPIERS * share.groups * GROUP;
     bool both = warp + COPIERS < share.warps;
-    const char *segment = weights.data + unit;
+    const char *segment = weights.data + begin;
 #pragma unroll 1
     for (int s = 0; s < share.segments; ++s, segment += weights.apart) {
         const char *from = segment + int64_t(share.first + row) * share.row_bytes;
 #pragma unroll 1
-        for (int left = share.count - row, tile = 0; tile < share.tiles; ++tile, left -= TILE) {
-            int bytes = share.row_bytes - unit;
+        for (int left = share.count, tile = 0; tile < share.tiles; ++tile, left -= TILE) {
+            int bytes = share.row_bytes - begin, rows = min(left, TILE);
             if (PAIRS && share.form > 0)
                 from = segment + int64_t(share.source(share.first + tile * TILE + row)) * share.row_bytes;
 #pragma unroll 1
             for (int done = 0; done < share.groups; done += share.size, bytes -= share.size * GROUP) {
-                one.fill(from + done * GROUP, share.size, bytes, left > 0);
-                if (both) other.fill(from + apart + done * GROUP, share.size, bytes - apart, left > 0);
+                one.fill(from + done * GROUP, share.size, bytes, rows);
+                if (both) other.fill(from + apart + done * GROUP, share.size, bytes - apart, rows);
             }
             from += TILE * share.row_bytes;
         }
@@ -212,21 +256,24 @@ template <typename E, bool MANY> struct Tile {
 #undef MULTIPLY
     // N groups; `done` bytes of the activations are.
     template <int N> __device__ void multiply(uint32_t slot, int done) {
-        uint4 w[N];
-        uint2 a[N];
+        constexpr int AT_ONCE = MANY && N > 5 ? (N + 1) / 2 : N;
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            w[j] = load_shared(slot + j * LANES * UNIT);
-            a[j] = {load_word(x[0] + done + j * GROUP), load_word(x[0] + done + j * GROUP + 8)};
+        for (int first = 0; first < N; first += AT_ONCE) {
+            uint4 w[AT_ONCE];
+            uint2 a[AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE && first + j < N; ++j) w[j] = load_shared(slot + (first + j) * GROUP);
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                if (half && !both) break;
+                uint32_t from = x[half] + done + first * GROUP;
+#pragma unroll
+                for (int j = 0; j < AT_ONCE && first + j < N; ++j)
+                    a[j] = {load_word(from + j * GROUP), load_word(from + j * GROUP + 8)};
+#pragma unroll
+                for (int j = 0; j < AT_ONCE && first + j < N; ++j) mma(c[half][j % 2], w[j], a[j]);
+            }
         }
-#pragma unroll
-        for (int j = 0; j < N; ++j) mma(c[0][j % 2], w[j], a[j]);
-        if (!both) return;
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-            a[j] = {load_word(x[HALVES - 1] + done + j * GROUP), load_word(x[HALVES - 1] + done + j * GROUP + 8)};
-#pragma unroll
-        for (int j = 0; j < N; ++j) mma(c[HALVES - 1][j % 2], w[j], a[j]);
     }
     __device__ void store(float *to, int rows) {
         int g = lane_of() / 4, t = lane_of() % 4;
@@ -252,7 +299,7 @@ template <bool MANY> struct Tile<float, MANY> {
     template <int N> __device__ void multiply(uint32_t slot, int done) {
 #pragma unroll 1
         for (int j = 0; j < N; ++j) {
-            uint4 w = load_shared(slot + j * LANES * UNIT);
+            uint4 w = load_shared(slot + j * GROUP);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
                 if (r < rows) {
@@ -277,33 +324,31 @@ template <bool MANY> struct Tile<float, MANY> {
 };
 
 // N groups in a slot, all the way.
-template <int N, typename T> __device__ __forceinline__ void multiply(Ring &ring, T &tile, int bytes, int rows, int tiles, float *sums) {
+template <int N, typename T>
+__device__ __forceinline__ void multiply(Ring &ring, T &tile, int bytes, int rows, int tiles, float *sums) {
+    uint32_t own = lane_of() / 4 * pitch_of(N) + lane_of() % 4 * UNIT;
 #pragma unroll 1
     for (; tiles > 0; --tiles, sums += rows * WARPS * TILE) {
         tile.clear();
 #pragma unroll 1
         for (int done = 0; done < bytes; done += N * GROUP) {
-            wait_for_flag(ring.full + ring.next * Ring::FLAG, ring.round);
-            tile.template multiply<N>(ring.slot(), done);
-            __syncwarp();
-            if (lane_of() == 0) raise_flag(ring.empty + ring.next * Ring::FLAG);
-            ring.turn();
+            ring.wait_full();
+            tile.template multiply<N>(ring.slot() + own, done);
+            ring.release();
         }
         tile.store(sums, rows);
     }
 }
 // The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
-// activations, rows `pitch` apart.
+// activations, rows `pitch` apart. A number of groups in a slot has code of its own.
+template <typename E, bool MANY, int N = 1>
+__device__ __forceinline__ void multiply(Ring &ring, const Share &share, Tile<E, MANY> &tile, int rows, int tiles, float *sums) {
+    if (N == MOST_GROUPS || share.size == N)
+        return multiply<N>(ring, tile, share.groups * GROUP, rows, tiles, sums);
+    if constexpr (N < MOST_GROUPS) multiply<E, MANY, N + 1>(ring, share, tile, rows, tiles, sums);
+}
 template <typename E, bool MANY>
 __device__ void multiply(Ring &ring, const Share &share, uint32_t x, int pitch, int rows, int tiles, float *sums) {
     Tile<E, MANY> tile(x, pitch, rows);
-    sums += warp_of() * TILE;
-    int bytes = share.groups * GROUP;
-    switch (share.size) {
-    case 1: multiply<1>(ring, tile, bytes, rows, tiles, sums); break;
-    case 2: multiply<2>(ring, tile, bytes, rows, tiles, sums); break;
-    case 3: multiply<3>(ring, tile, bytes, rows, tiles, sums); break;
-    case 4: multiply<4>(ring, tile, bytes, rows, tiles, sums); break;
-    default: multiply<GROUPS>(ring, tile, bytes, rows, tiles, sums); break;
-    }
+    multiply<E, MANY>(ring, share, tile, rows, tiles, sums + warp_of() * TILE);
 }
