@@ -74,26 +74,33 @@ struct Rows {
     }
 };
 
-// What becomes of a pair of words on its way: nothing.
+// What becomes of a pair of words on its way: nothing. `begin` is called while the first of them are.
 struct Unchanged {
+    __device__ void begin() {}
     __device__ uint2 operator()(int, uint2 pair) const { return pair; }
 };
 // A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
 // both are there; zeros behind the end of the row. SIGN: they may be far.
 template <int COUNT, bool SIGN = true, typename F = Unchanged>
 __device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to,
-                                        const F &change = F()) {
+                                        F &&change = F()) {
+    if (!rows.live) pairs = end = 0;
     // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
     if (SIGN && end > 0)
         while (mark_of(peek(row)) != mark) {}
-#pragma unroll 1
-    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
-        Words w[COUNT];
+    Words w[COUNT];
+    auto ask = [&](int start) {
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;
             if (i < end) w[m] = peek_two(row + 2 * i);
         }
+    };
+    ask(rows.begin);
+    change.begin();
+#pragma unroll 1
+    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
+        if (start > rows.begin) ask(start);
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;

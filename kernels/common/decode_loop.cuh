@@ -128,6 +128,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.count; i += blockDim.x) reinterpret_cast<uint4 *>(weights)[i] = all_weights[i];
     if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x], p.slot_groups);
+    static_assert(Ring::FLAGS <= THREADS, "a thread each");
     if (threadIdx.x < Ring::FLAGS)
         begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : FILLERS);
     // phases near the current one lie in shared memory, a lane's eight bytes each

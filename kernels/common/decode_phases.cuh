@@ -92,13 +92,12 @@ template <typename E, bool MANY> struct Block {
         return p.embedding_scale == 1.0f ? widen(e) : widen(narrow<E>(widen(e) * p.embedding_scale));
     }
     // The warp's own elements, as the products take them.
-    template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, const F &change = F()) {
+    template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, F &&change = F()) {
         Rows rows(this->rows());
         int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
         pitch = pitch_of(share.groups);
-        if (rows.live)
-            receive<WORDS>(p.copies.own(phase.from) + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
-                           min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch, change);
+        receive<WORDS>(p.copies.own(phase.from) + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
+                       min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch, change);
         __syncwarp();
     }
     // The warp's own part of the norms of the stream's rows, as elements. The first phase has the stream from the
@@ -119,7 +118,7 @@ template <typename E, bool MANY> struct Block {
         // a lane's numbers lie where it left them
         char *own = x + rows.own * pitch;
         if (!rows.live) end = 0;
-        if (!first && rows.live)
+        if (!first)
             receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end,
                            mark - 1, own);
         else if (first)

@@ -67,6 +67,9 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     const Step &p;
     float *own_v, *own_g; // [R, own_values]; v becomes o
     float *scales;        // [R, most_heads] of the warp
+    float *decays;        // [H] gamma
+    int *slots;           // [R / T]
+    unsigned *positions;  // [R / T]
 
     __device__ RetNet(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
     template <typename Room> __device__ void make_rooms(Room &&room) {
@@ -74,6 +77,14 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         own_v = reinterpret_cast<float *>(room(own_bytes));
         own_g = reinterpret_cast<float *>(room(own_bytes));
         scales = reinterpret_cast<float *>(room(WARPS * scale_bytes)) + warp_of() * this->rows() * p.most_heads;
+        decays = reinterpret_cast<float *>(room(p.heads * sizeof(float)));
+        slots = reinterpret_cast<int *>(room(MOST_ROWS * sizeof(int)));
+        positions = reinterpret_cast<unsigned *>(room(MOST_ROWS * sizeof(int)));
+#pragma unroll 1
+        for (int h = threadIdx.x; h < p.heads; h += THREADS) decays[h] = expf(p.logs[h]);
+        if (threadIdx.x < this->sequences())
+            slots[threadIdx.x] = p.slots[threadIdx.x], positions[threadIdx.x] = p.positions[threadIdx.x];
+        meet();
     }
     static __device__ bool takes_norm(int kind) { return kind == QUERY || kind == UP || kind == HEAD; }
     static __device__ bool is_for_all(int kind) { return kind == QUERY; }
@@ -111,7 +122,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     __device__ void turn(const Task &task, int t, Ahead &ahead) {
         ahead.cos = 1.0f, ahead.sin = 0.0f, ahead.factor = 1.0f;
         if (!task.live) return;
-        unsigned position = p.positions[task.sequence] + t;
+        unsigned position = positions[task.sequence] + t;
         int head = Divide(p.key)(task.output), pair = (task.output - head * p.key) / 2;
         if (p.turns) {
             // signed half turns, of which 32 bits are as exact as an f32 can tell
@@ -128,7 +139,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         if (phase.kind == QUERY) {
             if (!MANY) turn(task, 0, ahead);
         } else if (phase.kind == RETAIN) {
-            ahead.slot = p.slots[task.sequence];
+            ahead.slot = slots[task.sequence];
             ahead.weight = 1.0f;
             if (task.live && phase.weight) ahead.weight = phase.weight[task.output - Divide(p.value)(task.output) * p.value];
         } else if (phase.kind == UP) {
@@ -144,7 +155,6 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         Divide by(p.value);
         int pairs = share.groups * FLOATS / PACK<E>, row_pairs = p.key / PACK<E>, begin = warp_of() * pairs;
         int first = by(share.first), last = by(share.first + share.count - 1);
-        if (!rows.live) return;
 #pragma unroll 1
         for (int head = first; head <= last; ++head)
             receive<Base::WORDS, false>(p.copies.own(p.qk) + 2 * ((int64_t(rows.own) * p.heads + head) * row_pairs + begin), rows,
@@ -156,8 +166,8 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         int unit = channel / GRAIN, large = extra * (each + 1);
         return unit < large ? Divide(each + 1)(unit) : extra + Divide(max(each, 1))(unit - large);
     }
-    // The scales of the heads of the warp's part of z; returns the first head.
-    __device__ int take_scales(int first, int end) {
+    // The scales of the heads of z from channel `first` to before `end`.
+    __device__ void take_scales(int first, int end) {
         Rows rows(this->rows());
         Divide by(p.value);
         int units = p.heads * p.value / GRAIN, each = units / gridDim.x, extra = units - each * gridDim.x;
@@ -195,27 +205,36 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                     1.0f / (p.outside ? sqrtf(sum) + p.head_eps : sqrtf(sum + p.head_eps));
         }
         __syncwarp();
-        return first_head;
     }
+    // Scales z on its way.
+    struct Scaling {
+        RetNet &b;
+        bool any;
+        int first, end, first_head;
+        const float *own; // of the row
+        Divide by;
+
+        __device__ Scaling(RetNet &b, const Phase &phase, const Share &share)
+            : b(b), any(phase.from == b.p.z), first(warp_of() * share.groups * int(GROUP / sizeof(E))),
+              end(min(first + share.groups * int(GROUP / sizeof(E)), phase.width)), by(b.p.value) {
+            first_head = by(first);
+            own = b.scales + Rows(b.rows()).own * b.p.most_heads - first_head;
+        }
+        __device__ void begin() const {
+            if (any) b.take_scales(first, end);
+        }
+        __device__ uint2 operator()(int i, uint2 pair) const {
+            if (!any) return pair;
+            float factor = own[by(first + i * int(8 / sizeof(E)))];
+            return {scaled<E>(pair.x, factor), scaled<E>(pair.y, factor)};
+        }
+    };
+
     __device__ Input take(const Phase &phase, const Share &share) {
         if (phase.kind == RETAIN && warp_of() < share.warps) take_queries(phase, share);
         // v is there
         if (phase.kind == RETAIN) meet();
-        if (phase.kind == ADD && warp_of() < share.warps) {
-            constexpr int EACH = 8 / sizeof(E);
-            int first = warp_of() * share.groups * (GROUP / int(sizeof(E))), first_head = 0;
-            bool scale = phase.from == p.z;
-            if (scale) first_head = take_scales(first, min(first + share.groups * (GROUP / int(sizeof(E))), phase.width));
-            const float *own = scales + Rows(this->rows()).own * p.most_heads;
-            Divide by(p.value);
-            Base::take(phase, share, [&](int i, uint2 pair) {
-                if (scale) {
-                    float factor = own[by(first + i * EACH) - first_head];
-                    pair.x = scaled<E>(pair.x, factor), pair.y = scaled<E>(pair.y, factor);
-                }
-                return pair;
-            });
-        }
+        if (phase.kind == ADD && warp_of() < share.warps) Base::take(phase, share, Scaling(*this, phase, share));
         return {shared_address(this->x), this->pitch};
     }
 
@@ -226,7 +245,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         float *sums = this->sums + warp_of() * TILE + g;
 #pragma unroll 1
         for (int s = 0, row = 0; s < sequences; ++s, row += this->tokens()) {
-            int slot = p.slots[s];
+            int slot = slots[s];
             if (slot < 0) continue;
 #pragma unroll 1
             for (int tile = 0; tile < share.tiles; ++tile) {
@@ -234,7 +253,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 bool live = own < share.count;
                 if (!live) own = share.count - 1;
                 int head = Divide(p.value)(share.first + own), key = warp_of() * share.groups * FLOATS + quarter * 4;
-                float decay = expf(p.logs[head]);
+                float decay = decays[head];
                 const char *x = this->x + ((head - first_head) * this->rows() + row) * pairs * 8 + quarter * (4 / PACK<E>) * 8;
                 const float *v = own_v + row * p.own_values + own;
                 float *state =

@@ -10,7 +10,7 @@ constexpr int TILE = 8;         // outputs
 constexpr int UNIT = 16;        // bytes of a copy
 constexpr int GROUP = 4 * UNIT; // bytes of a row in a step of products: those of four lanes
 constexpr int MOST_GROUPS = 10; // in a slot, of a row
-constexpr int MOST_SLOTS = 8;
+constexpr int MOST_SLOTS = 16;
 constexpr int GRAIN = 2; // outputs are shared by the blocks in pairs
 
 // `segments` matrices of `outputs` rows, all shared by the blocks alike; the first block's share goes to block `turn`.
