@@ -96,11 +96,12 @@ __device__ __forceinline__ void receive(const Word *row, const Rows &rows, int p
             if (i < end) w[m] = peek_two(row + 2 * i);
         }
     };
-    ask(rows.begin);
+    constexpr bool FEW = COUNT <= 5;
+    if (FEW) ask(rows.begin);
     change.begin();
 #pragma unroll 1
     for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
-        if (start > rows.begin) ask(start);
+        if (!FEW || start > rows.begin) ask(start);
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;

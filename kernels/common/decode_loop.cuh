@@ -130,7 +130,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x], p.slot_groups);
     static_assert(Ring::FLAGS <= THREADS, "a thread each");
     if (threadIdx.x < Ring::FLAGS)
-        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : FILLERS);
+        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : LANES);
     // phases near the current one lie in shared memory, a lane's eight bytes each
     constexpr int PIECES = sizeof(Phase) / 8;
     static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
@@ -148,7 +148,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
 
     Ring ring(slots, flags, p.ring_slots, p.slot_bytes(), warp);
     F f(p, row_sums, mark);
-    f.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
+    f.all_x = room(WARPS * p.x_bytes), f.x = f.all_x + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
     f.own_stream = reinterpret_cast<float *>(room(f.rows() * p.own_hidden * sizeof(float)));
     f.make_rooms(room);

@@ -80,7 +80,7 @@ template <typename E, bool MANY> struct Block {
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
-    char *x;                             // the warp's own activations, rows `pitch` apart
+    char *all_x, *x;                     // the warps' own activations, rows `pitch` apart; the warp's
     int pitch;
 
     __device__ int rows() const { return MANY ? p.rows : 1; }

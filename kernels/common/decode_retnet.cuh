@@ -63,7 +63,6 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     };
     static constexpr int LAYER = 6; // phases
     static constexpr int HINTS = 5;
-    static constexpr int FLOATS = GROUP / sizeof(float);
     const Step &p;
     float *own_v, *own_g; // [R, own_values]; v becomes o
     float *scales;        // [R, most_heads] of the warp
@@ -90,16 +89,34 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     static __device__ bool is_for_all(int kind) { return kind == QUERY; }
     static __device__ bool is_whole(int) { return false; }
 
+    // A warp's channels of the block's values in RETAIN, and how many a slot holds.
+    struct Columns {
+        int first, count, most;
+
+        __device__ Columns(const Step &p, const Share &share, int warp) {
+            int each = (share.count + WARPS - 1) / WARPS;
+            first = min(warp * each, share.count), count = min(each, share.count - first);
+            most = min(TILE, int(Divide(share.row_bytes)(p.slot_bytes())));
+        }
+    };
     static __device__ void copy(const Step &p, Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
-        bool pool = share.form == POOL;
-        int sequences = pool ? MANY ? p.rows / p.tokens : 1 : 1;
+        if (share.form != POOL) return copy_weights<true>(one, other, weights, share, warp);
+        Columns columns[2] = {{p, share, warp}, {p, share, warp + COPIERS}};
+        int sequences = MANY ? p.rows / p.tokens : 1;
 #pragma unroll 1
         for (int s = 0; s < sequences; ++s) {
-            Weights own = weights;
-            int slot = pool ? p.slots[s] : 0;
+            int slot = p.slots[s];
             if (slot < 0) continue;
-            own.data += int64_t(slot) * share.outputs * share.row_bytes;
-            copy_weights<true>(one, other, own, share, warp);
+            const char *from = weights.data + (int64_t(slot) * share.outputs + share.first) * share.row_bytes;
+#pragma unroll 1
+            for (int start = 0; start < columns[0].count; start += columns[0].most) {
+                auto fill = [&](Ring &ring, const Columns &own) {
+                    int count = min(own.most, own.count - start);
+                    if (count > 0) ring.fill(from + int64_t(own.first + start) * share.row_bytes, count * share.row_bytes);
+                };
+                fill(one, columns[0]);
+                fill(other, columns[1]);
+            }
         }
     }
     static __device__ void hints(const Step &p, const Phase &phase, const Share &share, int part) {
@@ -149,17 +166,34 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         }
     }
 
-    // Queries and keys of the heads of the block's values, the warp's own part of each.
-    __device__ void take_queries(const Phase &phase, const Share &share) {
-        Rows rows(this->rows());
-        Divide by(p.value);
-        int pairs = share.groups * FLOATS / PACK<E>, row_pairs = p.key / PACK<E>, begin = warp_of() * pairs;
-        int first = by(share.first), last = by(share.first + share.count - 1);
+    // Queries and keys of the heads of the block's values, for all warps: pairs of words [heads, R, K / PACK].
+    __device__ void take_queries(const Share &share) {
+        constexpr int COUNT = 2;
+        int row_pairs = p.key / PACK<E>, first = Divide(p.value)(share.first);
+        int heads = Divide(p.value)(share.first + share.count - 1) - first + 1, rows = this->rows();
+        Divide by_pairs(row_pairs), by_rows(rows);
 #pragma unroll 1
-        for (int head = first; head <= last; ++head)
-            receive<Base::WORDS, false>(p.copies.own(p.qk) + 2 * ((int64_t(rows.own) * p.heads + head) * row_pairs + begin), rows,
-                                 pairs, min(pairs, row_pairs - begin), this->mark - 2,
-                                 this->x + ((head - first) * this->rows() + rows.own) * pairs * 8);
+        for (int start = threadIdx.x; start < heads * rows * row_pairs; start += COUNT * THREADS) {
+            Words w[COUNT];
+            const Word *from[COUNT];
+#pragma unroll
+            for (int m = 0; m < COUNT; ++m) {
+                int n = start + m * THREADS, line = by_pairs(n), head = rows == 1 ? line : by_rows(line);
+                from[m] = p.copies.own(p.qk) +
+                          2 * ((int64_t(line - head * rows) * p.heads + first + head) * row_pairs + n - line * row_pairs);
+                if (n < heads * rows * row_pairs) w[m] = peek_two(from[m]);
+            }
+#pragma unroll
+            for (int m = 0; m < COUNT; ++m) {
+                int n = start + m * THREADS;
+                if (n >= heads * rows * row_pairs) break;
+                while (mark_of(w[m].at[0]) != this->mark - 2 || mark_of(w[m].at[1]) != this->mark - 2)
+                    w[m] = peek_two(from[m]);
+                *reinterpret_cast<uint2 *>(this->all_x + n * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
+            }
+        }
+        // v is there too
+        meet();
     }
     // The block that has a channel of the values.
     static __device__ int block_of(int channel, int each, int extra) {
@@ -231,42 +265,36 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     };
 
     __device__ Input take(const Phase &phase, const Share &share) {
-        if (phase.kind == RETAIN && warp_of() < share.warps) take_queries(phase, share);
-        // v is there
-        if (phase.kind == RETAIN) meet();
+        if (phase.kind == RETAIN) take_queries(share);
         if (phase.kind == ADD && warp_of() < share.warps) Base::take(phase, share, Scaling(*this, phase, share));
         return {shared_address(this->x), this->pitch};
     }
 
-    // States of the sequences' channels through the ring, and q S behind every token.
+    // States of the sequences' channels through the ring, and q S behind every token in the place of v.
     __device__ void retain(Ring &ring, const Phase &phase, const Share &share) {
-        int g = lane_of() / 4, quarter = lane_of() % 4, pairs = share.groups * FLOATS / PACK<E>;
-        int first_head = Divide(p.value)(share.first), sequences = this->sequences();
-        float *sums = this->sums + warp_of() * TILE + g;
+        constexpr int TOKENS = MANY ? MOST_ROWS : 1, LINE = 4 / PACK<E> * 8; // bytes of q and k for four keys
+        Columns columns(p, share, warp_of());
+        int first_head = Divide(p.value)(share.first), sequences = this->sequences(), pitch = p.key / 4 * LINE;
 #pragma unroll 1
         for (int s = 0, row = 0; s < sequences; ++s, row += this->tokens()) {
             int slot = slots[s];
             if (slot < 0) continue;
 #pragma unroll 1
-            for (int tile = 0; tile < share.tiles; ++tile) {
-                int own = tile * TILE + g;
-                bool live = own < share.count;
-                if (!live) own = share.count - 1;
-                int head = Divide(p.value)(share.first + own), key = warp_of() * share.groups * FLOATS + quarter * 4;
-                float decay = decays[head];
-                const char *x = this->x + ((head - first_head) * this->rows() + row) * pairs * 8 + quarter * (4 / PACK<E>) * 8;
-                const float *v = own_v + row * p.own_values + own;
-                float *state =
-                    phase.state + ((int64_t(slot) * p.heads * p.value + share.first + own) * p.key + key);
-                constexpr int TOKENS = MANY ? MOST_ROWS : 1;
+            for (int start = 0; start < columns.count; start += columns.most) {
+                // lanes share the slot's channels
+                Rows lanes(min(columns.most, columns.count - start));
+                int own = columns.first + start + lanes.own, channel = share.first + own;
                 float o[TOKENS] = {};
-#pragma unroll 1
-                for (int done = 0; done < share.groups; done += share.size) {
-                    ring.wait_full();
-                    uint32_t slot = ring.slot() + g * pitch_of(share.size) + quarter * UNIT;
-#pragma unroll 1
-                    for (int j = 0; j < share.size; ++j, key += FLOATS, state += FLOATS, x += FLOATS / PACK<E> * 8) {
-                        uint4 bits = load_shared(slot + j * GROUP);
+                ring.wait_full();
+                if (lanes.live) {
+                    int head = Divide(p.value)(channel);
+                    float decay = decays[head], *v = own_v + row * p.own_values + own;
+                    const char *x = this->all_x + ((head - first_head) * this->rows() + row) * pitch;
+                    uint32_t from = ring.slot() + lanes.own * share.row_bytes;
+                    float *to = phase.state + (int64_t(slot) * p.heads * p.value + channel) * p.key;
+#pragma unroll(MANY ? 1 : 4)
+                    for (int key = lanes.begin * 4; key < p.key; key += lanes.lanes * 4) {
+                        uint4 bits = load_shared(from + key * 4);
                         float h[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                                       __uint_as_float(bits.w)};
 #pragma unroll
@@ -274,13 +302,10 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                             if (MANY && t >= this->tokens()) break;
                             // pairs of words: of q, of k, in turn
                             E qk[2][4];
-                            const char *at = x + t * pairs * 8;
+                            const uint2 *at = reinterpret_cast<const uint2 *>(x + t * pitch + key / 4 * LINE);
 #pragma unroll
-                            for (int i = 0; i < 4 / PACK<E> / 2; ++i)
-#pragma unroll
-                                for (int which = 0; which < 2; ++which)
-                                    *reinterpret_cast<uint2 *>(&qk[which][i * 2 * PACK<E>]) =
-                                        reinterpret_cast<const uint2 *>(at)[i * 2 + which];
+                            for (int i = 0; i < 4 / PACK<E>; ++i)
+                                *reinterpret_cast<uint2 *>(&qk[i % 2][i / 2 * 2 * PACK<E>]) = at[i];
                             float value = v[t * p.own_values];
 #pragma unroll
                             for (int i = 0; i < 4; ++i) {
@@ -288,17 +313,16 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                                 o[t] = fmaf(widen(qk[0][i]), h[i], o[t]);
                             }
                         }
-                        if (p.keep && live && key < p.key)
-                            __stcs(reinterpret_cast<float4 *>(state), make_float4(h[0], h[1], h[2], h[3]));
+                        if (p.keep) __stcs(reinterpret_cast<float4 *>(to + key), make_float4(h[0], h[1], h[2], h[3]));
                     }
-                    ring.release();
                 }
+                ring.release();
 #pragma unroll
                 for (int t = 0; t < TOKENS; ++t) {
                     if (MANY && t >= this->tokens()) break;
-                    o[t] += __shfl_xor_sync(~0u, o[t], 1);
-                    o[t] += __shfl_xor_sync(~0u, o[t], 2);
-                    if (quarter == 0) sums[(tile * this->rows() + row + t) * WARPS * TILE] = o[t];
+#pragma unroll 1
+                    for (int step = lanes.lanes / 2; step > 0; step /= 2) o[t] += __shfl_xor_sync(~0u, o[t], step);
+                    if (lanes.live && lanes.begin == 0) own_v[(row + t) * p.own_values + own] = o[t];
                 }
             }
         }
@@ -317,7 +341,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         else if (phase.kind == VALUE)
             keep_values(phase, share, task);
         else if (phase.kind == RETAIN)
-            output(phase, share, task, ahead);
+            output(phase, task, ahead);
         else if (phase.kind == UP)
             up(phase, share, task, ahead);
         else if (phase.kind == ADD)
@@ -350,12 +374,12 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 static_cast<E *>(p.drafts[phase.layer].v)[int64_t(task.row + t) * p.heads * p.value + task.output] = value;
         }
     }
-    __device__ void output(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+    __device__ void output(const Phase &phase, const Task &task, Ahead &ahead) {
         int at = task.row * p.own_values + task.own;
         Word *to = p.z + (int64_t(task.row) * p.heads * p.value + task.output) / PACK<E>;
 #pragma unroll 1
         for (int t = 0; t < this->tokens(); ++t, at += p.own_values, to += p.heads * p.value / PACK<E>) {
-            float o = ahead.slot < 0 ? 0.0f : p.outer * task.value(share, t), z = o * ahead.weight;
+            float o = task.live && ahead.slot >= 0 ? p.outer * own_v[at] : 0.0f, z = o * ahead.weight;
             if (p.gated && task.live) z *= activated(phase.activation, own_g[at]);
             float next = __shfl_down_sync(~0u, z, 1);
             if (!task.live) continue;

@@ -52,7 +52,7 @@ struct alignas(16) Share {
         pieces = (groups + most - 1) / most;
         size = (groups + pieces - 1) / pieces;
         groups = pieces * size;
-        warps = (all + groups - 1) / groups;
+        warps = form == POOL ? WARPS : (all + groups - 1) / groups;
     }
     // Where row `n` of a matrix lies.
     __device__ int source(int n) const {
@@ -87,12 +87,18 @@ __device__ __forceinline__ void begin_flag(uint32_t flag, int count) {
 __device__ __forceinline__ void raise_flag(uint32_t flag) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(flag) : "memory");
 }
-// Hopper copies whole parts of rows beside the warps, elsewhere lanes copy 16 bytes each.
+// Behind all of the lane's copies.
+__device__ __forceinline__ void raise_flag_behind_copies(uint32_t flag) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
+}
+// Hopper copies long parts of rows without the lanes, which a short one is not worth: each takes 25 cycles.
 #if __CUDA_ARCH__ >= 900
-constexpr bool BULK = true;
-// Behind so many bytes of bulk copies.
+constexpr int BULK_GROUPS = 8;
+// By one lane for all, behind so many bytes of bulk copies.
 __device__ __forceinline__ void raise_flag_behind_bytes(uint32_t flag, int bytes) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(flag), "r"(bytes)
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; "
+                 "mbarrier.arrive.shared.b64 state, [%0], %2; }" ::"r"(flag),
+                 "r"(bytes), "n"(LANES - 1)
                  : "memory");
 }
 __device__ __forceinline__ void copy_bulk(uint32_t to, const char *from, int bytes, uint32_t flag, uint64_t policy) {
@@ -101,13 +107,10 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const char *from, int byt
                  : "memory");
 }
 #else
-constexpr bool BULK = false;
-// Behind all of the lane's copies.
-__device__ __forceinline__ void raise_flag_behind_copies(uint32_t flag) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
-}
+constexpr int BULK_GROUPS = 1 << 30;
+__device__ __forceinline__ void raise_flag_behind_bytes(uint32_t, int) {}
+__device__ __forceinline__ void copy_bulk(uint32_t, const char *, int, uint32_t, uint64_t) {}
 #endif
-constexpr int FILLERS = BULK ? 1 : LANES; // that raise a slot's flag when it is full
 __device__ __forceinline__ void wait_for_flag(uint32_t flag, int parity) {
     uint32_t done;
     do asm volatile("{ .reg .pred p; "
@@ -149,45 +152,69 @@ struct Ring {
         if (lane_of() == 0) raise_flag(empty + next * FLAG);
         turn();
     }
-    // The row of a tile that a lane copies.
-    static __device__ int row() { return BULK ? lane_of() % TILE : lane_of() / 4; }
-    // Fills the next slot with `groups` from `rows` rows of a tile, the lane's own being at `from`; zeros where there are
-    // fewer bytes.
-    __device__ void fill(const char *from, int groups, int bytes, int rows) {
+    // Fills the next slot with `groups` from `rows` rows of a tile, which begin at `from`, the `row`th being the lane's own;
+    // zeros where there are fewer bytes.
+    __device__ void fill(const char *from, int row, int groups, int bytes, int rows) {
         wait_for_flag(empty + next * FLAG, round ^ 1);
-        uint32_t to = slot() + row() * pitch_of(groups), flag = full + next * FLAG;
-#if __CUDA_ARCH__ >= 900
-        int whole = groups * GROUP;
-        bytes = max(0, min(bytes, whole));
-        if (bytes < whole) {
+        uint32_t to = slot() + row * pitch_of(groups), flag = full + next * FLAG;
+        if (groups >= BULK_GROUPS) {
+            int whole = groups * GROUP;
+            bytes = max(0, min(bytes, whole));
+            if (bytes < whole) {
 #pragma unroll 1
-            for (int at = bytes; at < whole; at += UNIT)
-                asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + at), "r"(0) : "memory");
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                for (int at = bytes; at < whole; at += UNIT)
+                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + at), "r"(0) : "memory");
+                fence_bulk();
+            }
+            if (lane_of() == 0) raise_flag_behind_bytes(flag, rows * bytes);
             __syncwarp();
-        }
-        if (lane_of() == 0) raise_flag_behind_bytes(flag, rows * bytes);
-        __syncwarp();
-        if (lane_of() < rows && bytes > 0) copy_bulk(to, from, bytes, flag, policy);
-#else
-        int unit = lane_of() % 4 * UNIT;
+            if (lane_of() < rows && bytes > 0) copy_bulk(to, from, bytes, flag, policy);
+        } else {
+            int unit = lane_of() % 4 * UNIT;
+            to += unit, from += unit, bytes -= unit;
+            constexpr int AT_ONCE = 5;
 #pragma unroll 1
-        for (int j = 0; j < groups; ++j)
-            if (row() < rows)
-                asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
-                                 to + unit + j * GROUP),
-                             "l"(from + unit + j * GROUP), "r"(bytes > unit + j * GROUP ? UNIT : 0), "l"(policy)
-                             : "memory");
-        raise_flag_behind_copies(flag);
-#endif
+            for (; groups > 0; groups -= AT_ONCE, to += AT_ONCE * GROUP, from += AT_ONCE * GROUP, bytes -= AT_ONCE * GROUP)
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j)
+                    if (row < rows && j < groups) copy_unit(to + j * GROUP, from + j * GROUP, bytes > j * GROUP ? UNIT : 0);
+            raise_flag_behind_copies(flag);
+        }
         turn();
+    }
+    // Fills it with one row of so many bytes.
+    __device__ void fill(const char *from, int bytes) {
+        wait_for_flag(empty + next * FLAG, round ^ 1);
+        uint32_t to = slot(), flag = full + next * FLAG;
+        if (bytes >= BULK_GROUPS * GROUP) {
+            if (lane_of() == 0) raise_flag_behind_bytes(flag, bytes), copy_bulk(to, from, bytes, flag, policy);
+        } else {
+#pragma unroll 1
+            for (int at = lane_of() * UNIT; at < bytes; at += LANES * UNIT) copy_unit(to + at, from + at, UNIT);
+            raise_flag_behind_copies(flag);
+        }
+        turn();
+    }
+    // 16 bytes, of which `bytes` are there.
+    __device__ void copy_unit(uint32_t to, const char *from, int bytes) const {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                     "r"(bytes), "l"(policy)
+                     : "memory");
+    }
+    // Between writes and bulk copies to the same place.
+    static __device__ void fence_bulk() {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+        __syncwarp();
     }
 };
 
 // Copies the parts of two warps of a phase's weights. PAIRS: rows may go in pairs.
 template <bool PAIRS>
 __device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
-    int row = Ring::row(), begin = warp * share.groups * GROUP, apart = COPIERS * share.groups * GROUP;
+    int row = share.size >= BULK_GROUPS ? lane_of() % TILE : lane_of() / 4;
+    int begin = warp * share.groups * GROUP, apart = COPIERS * share.groups * GROUP;
     bool both = warp + COPIERS < share.warps;
     const char *segment = weights.data + begin;
 #pragma unroll 1
@@ -200,8 +227,8 @@ __device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weigh
                 from = segment + int64_t(share.source(share.first + tile * TILE + row)) * share.row_bytes;
 #pragma unroll 1
             for (int done = 0; done < share.groups; done += share.size, bytes -= share.size * GROUP) {
-                one.fill(from + done * GROUP, share.size, bytes, rows);
-                if (both) other.fill(from + apart + done * GROUP, share.size, bytes - apart, rows);
+                one.fill(from + done * GROUP, row, share.size, bytes, rows);
+                if (both) other.fill(from + apart + done * GROUP, row, share.size, bytes - apart, rows);
             }
             from += TILE * share.row_bytes;
         }
