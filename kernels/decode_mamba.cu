@@ -14,4 +14,4 @@
 // many rows the words themselves, eight bytes for four, read by every block.
 #include "common/decode_mamba.cuh"
 
-DECODE_KERNELS(decode_step, Mamba)
+DECODE_KERNELS(decode_mamba, Mamba)
