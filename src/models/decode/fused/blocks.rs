@@ -1,12 +1,13 @@
 //! What tells families of blocks apart.
 
 use super::super::super::{LanguageModel, MixerState};
+use super::Io;
 use super::kernels::{Shape, Step};
 use super::layout::{Layout, Needs, Split};
 use super::mamba::Mamba;
 use super::retnet::RetNet;
+use super::rooms::Room;
 use super::weights::Common;
-use super::{Io, Room};
 use crate::Result;
 use crate::backend::cuda::{Element, Launch, Module};
 use candle_core::{CudaDevice, DType, Tensor};

@@ -8,13 +8,15 @@ const COPIERS: usize = 4;
 const LANES: usize = 32;
 pub(super) const TILE: usize = 8;
 pub(super) const GROUP: usize = 64;
-const MOST_GROUPS: usize = 10;
+const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 5..=10;
+/// From so many groups on Hopper copies parts of rows without the lanes.
+const BULK_GROUPS: usize = 8;
 const MOST_SLOTS: usize = 16;
 pub(super) const GRAIN: usize = 2;
 /// Threads of a block.
 pub(super) const THREADS: usize = (WARPS + COPIERS) * LANES;
 /// Shared memory that the kernel has beside what is asked for at its launch.
-const FIXED: usize = 5 << 10;
+const FIXED: usize = 4 << 10;
 /// Slots with which weights come ahead of their phases.
 const LEAST_SLOTS: usize = 2;
 
@@ -110,17 +112,31 @@ pub(super) struct Plan<'a> {
 }
 
 impl Layout {
-    /// For so many rows; the slots are those that let most bytes of weights be on their way. None if there is not enough
-    /// memory.
+    /// For so many rows, with the slots that suit the weights best. None if there is not enough memory.
     pub(super) fn new(plan: &Plan, rows: usize, needs: impl Fn(&Split) -> Needs) -> Option<Self> {
-        let layouts = (1..=MOST_GROUPS).filter_map(|slot_groups| {
+        let layouts = SLOT_GROUPS.filter_map(|slot_groups| {
             let split = Split { blocks: plan.blocks, slot_groups };
             let layout = Self::with(plan, rows, &split, &needs(&split))?;
-            let ahead =
-                |shape: &Shape| shape.bytes() * layout.ring_slots * split.size(shape.row_bytes as usize);
-            Some((plan.shapes.iter().map(ahead).sum::<usize>(), layout))
+            let worth: f64 =
+                plan.shapes.iter().map(|shape| shape.bytes() as f64 * layout.worth(shape, &split)).sum();
+            Some((worth, layout))
         });
-        layouts.max_by_key(|(ahead, _)| *ahead).map(|(_, layout)| layout)
+        layouts.max_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, layout)| layout)
+    }
+
+    /// How fast a shape's weights come, by what an H200 has shown: groups of a warp on their way, up to as many as hide
+    /// their latency, less what copying short parts of rows costs, or having few slots, or warps with unequal parts.
+    fn worth(&self, shape: &Shape, split: &Split) -> f64 {
+        let bytes = shape.row_bytes as usize;
+        let size = split.size(bytes);
+        let ahead = (self.ring_slots * size).min(36) as f64;
+        let copies = match (size >= BULK_GROUPS, self.ring_slots >= 5) {
+            (true, true) => 1.0,
+            (true, false) => 0.8,
+            (false, _) => size as f64 / (size + 1) as f64,
+        };
+        let whole = bytes.div_ceil(GROUP).div_ceil(WARPS) as f64 / split.groups(bytes) as f64;
+        ahead * copies * whole
     }
 
     fn with(plan: &Plan, rows: usize, split: &Split, needs: &Needs) -> Option<Self> {
@@ -146,5 +162,51 @@ impl Layout {
             bytes: rest + ring_slots * WARPS * split.slot(),
         };
         (ring_slots >= LEAST_SLOTS && needs.slot <= split.slot()).then_some(layout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layer of activations `[.., 2 hidden]` and a head.
+    fn slots(
+        hidden: usize,
+        rows: usize,
+        element: usize,
+        blocks: usize,
+        memory: usize,
+    ) -> Option<(usize, usize)> {
+        let shapes = [
+            Shape::new(element, [2, 2 * hidden, hidden], 0),
+            Shape::new(element, [1, hidden, 2 * hidden], 0),
+            Shape::new(element, [1, 50280, hidden], 0),
+        ];
+        let plan = Plan { hidden, element, phases: 257, shapes: &shapes, blocks, memory };
+        let layout = Layout::new(&plan, rows, |split| Needs {
+            own: split.own(2 * hidden),
+            tiles: split.own(2 * hidden).div_ceil(TILE),
+            x: split.pitch(2 * hidden * element),
+            ..Needs::default()
+        })?;
+        assert!(layout.bytes + FIXED <= memory);
+        Some((layout.ring_slots, layout.slot_groups))
+    }
+
+    #[test]
+    fn an_h100_has_room_for_the_published_models() {
+        let slots = |hidden, rows, element| slots(hidden, rows, element, 132, 227 << 10);
+        // long parts of rows in few slots, or short ones in many
+        assert_eq!(slots(2048, 1, 2), Some((5, 8)));
+        assert_eq!(slots(2560, 1, 2), Some((9, 5)));
+        assert!(slots(2560, 8, 2).is_some());
+        // f32 activations of eight rows leave no room for weights
+        assert_eq!(slots(2560, 8, 4), None);
+        assert!(slots(2560, 4, 4).is_some());
+    }
+
+    #[test]
+    fn small_models_fit_small_gpus() {
+        assert!(slots(64, 8, 4, 20, 99 << 10).is_some());
     }
 }

@@ -1,11 +1,11 @@
 //! Models of Mamba blocks: `kernels/common/decode_mamba.cuh`.
 
 use super::super::super::{LanguageModel, MixerState};
-use super::Room;
 use super::blocks::{Blocks, Kernels, Places};
 use super::kernels::{Phase, Shape, Step};
 use super::layout::{GRAIN, GROUP, Layout, Needs, Split, TILE, WARPS, pitch};
 use super::program::pieces;
+use super::rooms::Room;
 use super::weights::{Common, Norm, PIECE, Weight, pointer};
 use crate::backend::cuda::Module;
 use crate::{Error, Result};

@@ -12,6 +12,7 @@ mod layout;
 mod mamba;
 mod program;
 mod retnet;
+mod rooms;
 mod weights;
 
 use super::super::{LanguageModel, ModelState};
@@ -22,6 +23,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, DType, Tensor};
 use kernels::Step;
 use program::Program;
+use rooms::{Drafts, Room, Words, pointer_of};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weights::Common;
@@ -36,10 +38,6 @@ const COUNTS: usize = 3 * MOST_ROWS;
 const CHOSEN: usize = 4 * MOST_ROWS;
 /// A slot that no row has, for the kernels.
 const IDLE: u32 = u32::MAX;
-/// Copies of all words, so that not all blocks ask for the same lines of L2.
-const WORD_COPIES: usize = 2;
-/// Marks that words bear before all of them are taken back.
-const MOST_MARKS: usize = 1 << 31;
 
 /// Where the numbers of `io` lie that kernels take from there.
 #[derive(Clone, Copy, Debug)]
@@ -72,34 +70,6 @@ pub(super) struct Fused {
 /// The slot of a row, none of an idle one, and the tokens that it has had.
 pub(super) type Row = (Option<usize>, usize);
 
-/// Memory that stays where it is.
-struct Room {
-    slice: CudaSlice<f32>,
-    pointer: u64,
-}
-
-/// The words that pass between blocks, for [`MOST_ROWS`] rows, and the marks that they bear.
-struct Words {
-    slice: CudaSlice<u64>,
-    /// The kernel's mark, and how many of its blocks are done.
-    epoch: CudaSlice<u32>,
-    epoch_pointer: u64,
-    /// Where the stream, the best logits and the family's own begin in the first copy; words of a copy.
-    stream: u64,
-    best: u64,
-    own: Vec<u64>,
-    apart: usize,
-    /// Marks since they were zeros.
-    marks: usize,
-}
-
-/// What drafts leave, for [`MOST_ROWS`] rows, of each layer.
-struct Drafts {
-    _rooms: Vec<Vec<Room>>,
-    _table: CudaSlice<u64>,
-    pointer: u64,
-}
-
 /// What a graph is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
@@ -112,74 +82,6 @@ struct Shape {
 impl std::fmt::Debug for Fused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Fused").field("layers", &self.family.layers()).finish_non_exhaustive()
-    }
-}
-
-impl Room {
-    fn zeros(device: &CudaDevice, stream: &CudaStream, numbers: usize) -> Result<Self> {
-        let mut slice = device.alloc_zeros::<f32>(numbers.max(1))?;
-        let pointer = pointer_of(&mut slice, stream);
-        Ok(Self { slice, pointer })
-    }
-}
-
-fn pointer_of<T>(slice: &mut CudaSlice<T>, stream: &CudaStream) -> u64 {
-    use candle_core::cuda_backend::cudarc::driver::DevicePtrMut;
-    slice.device_ptr_mut(stream).0
-}
-
-impl Words {
-    fn new(
-        common: &Common,
-        family: &dyn Blocks,
-        blocks: usize,
-        device: &CudaDevice,
-        stream: &CudaStream,
-    ) -> Result<Self> {
-        let mut widths = vec![common.hidden, 2 * blocks];
-        widths.extend(family.words(blocks));
-        // pairs of words are whole pieces of 16 bytes
-        let counts: Vec<usize> =
-            widths.into_iter().map(|width| (MOST_ROWS * width).next_multiple_of(2)).collect();
-        let apart = counts.iter().sum();
-        let mut slice = device.alloc_zeros::<u64>(WORD_COPIES * apart)?;
-        let mut place = pointer_of(&mut slice, stream);
-        let mut places = counts.into_iter().map(|count| {
-            let own = place;
-            place += (count * size_of::<u64>()) as u64;
-            own
-        });
-        let (first, best) = (places.next().unwrap_or(0), places.next().unwrap_or(0));
-        let own = places.collect();
-        let mut epoch = device.alloc_zeros::<u32>(2)?;
-        let epoch_pointer = pointer_of(&mut epoch, stream);
-        Ok(Self { slice, epoch, epoch_pointer, stream: first, best, own, apart, marks: 0 })
-    }
-
-    /// Room for so many marks more: none comes twice as long as a word may bear it.
-    fn advance(&mut self, marks: usize, stream: &Arc<CudaStream>) -> Result<()> {
-        if self.marks + marks > MOST_MARKS {
-            let fail = |error| crate::backend::cuda::failed("decoder: clearing its words", error);
-            stream.memset_zeros(&mut self.slice).map_err(fail)?;
-            stream.memset_zeros(&mut self.epoch).map_err(fail)?;
-            self.marks = 0;
-        }
-        self.marks += marks;
-        Ok(())
-    }
-}
-
-impl Drafts {
-    fn new(common: &Common, family: &dyn Blocks, device: &CudaDevice, stream: &CudaStream) -> Result<Self> {
-        let room = |width: usize| {
-            Room::zeros(device, stream, (MOST_ROWS * width * common.element()).div_ceil(size_of::<f32>()))
-        };
-        let layer = |_| family.drafts().into_iter().map(room).collect::<Result<Vec<Room>>>();
-        let rooms: Vec<Vec<Room>> = (0..family.layers()).map(layer).collect::<Result<_>>()?;
-        let table: Vec<u64> = rooms.iter().flatten().map(|room| room.pointer).collect();
-        let mut table = device.clone_htod(&table)?;
-        let pointer = pointer_of(&mut table, stream);
-        Ok(Self { _rooms: rooms, _table: table, pointer })
     }
 }
 

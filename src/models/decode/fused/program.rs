@@ -1,10 +1,11 @@
 //! The program of a step: its phases and their weights, in the device's memory.
 
+use super::MOST_ROWS;
 use super::blocks::Blocks;
 use super::kernels::{Matrix, Shape};
 use super::layout::{Layout, Plan};
+use super::rooms::{Room, pointer_of};
 use super::weights::Common;
-use super::{MOST_ROWS, Room, pointer_of};
 use crate::Result;
 use crate::backend::cuda::shared_memory;
 use candle_core::CudaDevice;
