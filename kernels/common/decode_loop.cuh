@@ -12,7 +12,7 @@
 //   take              its inputs, in shared memory: where they lie, and how far apart its rows are
 //   products          with the weights
 //   finish, end       what becomes of a task's products, and of a phase's
-//   copy              a phase's weights for two warps
+//   Source            copies a phase's weights for two warps
 //   hints             brings close what a phase reads beside its weights
 #pragma once
 #include "decode_phases.cuh"
@@ -92,6 +92,7 @@ template <typename F>
 __device__ void copy(const typename F::Step &p, const Weights *weights, const Share *shares, uint32_t slots, uint32_t flags,
                      int warp) {
     using Phase = typename F::Phase;
+    typename F::Source source(p);
     Ring one(slots, flags, p.ring_slots, p.slot_bytes(), warp), other(slots, flags, p.ring_slots, p.slot_bytes(), warp + COPIERS);
 #pragma unroll 1
     for (int i = 1 - F::LAYER; i < p.count; ++i) {
@@ -101,7 +102,7 @@ __device__ void copy(const typename F::Step &p, const Weights *weights, const Sh
                 F::hints(p, static_cast<const Phase *>(p.phases)[later], shares[weights[later].shape], part);
         if (i < 0) continue;
         Share share = Share::load(shares[weights[i].shape]);
-        if (share.count > 0 && warp < share.warps) F::copy(p, one, other, weights[i], share, warp);
+        if (share.count > 0 && warp < share.warps) source.copy(one, other, weights[i], share, warp);
     }
     wait_copies<0>();
 }

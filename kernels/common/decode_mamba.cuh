@@ -257,9 +257,12 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     static __device__ bool takes_norm(int kind) { return kind == MIX || kind == HEAD; }
     static __device__ bool is_for_all(int) { return false; }
     static __device__ bool is_whole(int kind) { return kind == STATE; }
-    static __device__ void copy(const Step &, Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
-        copy_weights<false>(one, other, weights, share, warp);
-    }
+    struct Source {
+        __device__ explicit Source(const Step &) {}
+        __device__ void copy(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) const {
+            copy_weights<false>(one, other, weights, share, warp);
+        }
+    };
 
     __device__ void begin(const Phase &phase, const Share &share, Ahead &ahead) {
         if (phase.kind == STATE) Recurrence<E, MANY>(*this, phase, share).load(ahead.early);

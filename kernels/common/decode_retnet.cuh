@@ -52,26 +52,32 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     static __device__ bool is_for_all(int kind) { return kind == QUERY; }
     static __device__ bool is_whole(int) { return false; }
 
-    static __device__ void copy(const Step &p, Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
-        if (share.form != POOL) return copy_weights<true>(one, other, weights, share, warp);
-        Columns columns[2] = {{p, share, warp}, {p, share, warp + COPIERS}};
-        int sequences = MANY ? p.rows / p.tokens : 1;
+    struct Source {
+        const Step &p;
+        int first; // the first sequence's slot
+
+        __device__ explicit Source(const Step &p) : p(p), first(p.slots[0]) {}
+        __device__ void copy(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) const {
+            if (share.form != POOL) return copy_weights<true>(one, other, weights, share, warp);
+            Columns columns[2] = {{p, share, warp}, {p, share, warp + COPIERS}};
+            int sequences = MANY ? p.rows / p.tokens : 1;
 #pragma unroll 1
-        for (int s = 0; s < sequences; ++s) {
-            int slot = p.slots[s];
-            if (slot < 0) continue;
-            const char *from = weights.data + (int64_t(slot) * share.outputs + share.first) * share.row_bytes;
+            for (int s = 0; s < sequences; ++s) {
+                int slot = s == 0 ? first : p.slots[s];
+                if (slot < 0) continue;
+                const char *from = weights.data + (int64_t(slot) * share.outputs + share.first) * share.row_bytes;
 #pragma unroll 1
-            for (int start = 0; start < columns[0].count; start += columns[0].most) {
-                auto fill = [&](Ring &ring, const Columns &own) {
-                    int count = min(own.most, own.count - start);
-                    if (count > 0) ring.fill(from + int64_t(own.first + start) * share.row_bytes, count * share.row_bytes);
-                };
-                fill(one, columns[0]);
-                fill(other, columns[1]);
+                for (int start = 0; start < columns[0].count; start += columns[0].most) {
+                    auto fill = [&](Ring &ring, const Columns &own) {
+                        int count = min(own.most, own.count - start);
+                        if (count > 0) ring.fill(from + int64_t(own.first + start) * share.row_bytes, count * share.row_bytes);
+                    };
+                    fill(one, columns[0]);
+                    fill(other, columns[1]);
+                }
             }
         }
-    }
+    };
     static __device__ void hints(const Step &p, const Phase &phase, const Share &share, int part) {
         const void *from = nullptr;
         int bytes = 0;
