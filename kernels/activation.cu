@@ -3,12 +3,9 @@
 // Rows of `width` numbers each, which lie apart where they are slices of wider ones; a thread takes 16 bytes of every
 // tensor (one number where rows do not begin on 16 bytes) and goes on a grid further. Bytes: every tensor once; memory is
 // the floor.
-#include "common/types.cuh"
+#include "common/activation.cuh"
 
 constexpr int THREADS = 256;
-
-// The kinds of src/ops/activation, in its order.
-enum Kind { SILU, GELU, GELU_TANH, RELU, IDENTITY };
 
 // A matrix, its rows `step` numbers apart.
 struct Matrix {
@@ -23,13 +20,6 @@ struct Call {
     int width;
 };
 
-template <int KIND> __device__ __forceinline__ float value(float x) {
-    if (KIND == SILU) return silu(x);
-    if (KIND == GELU) return 0.5f * x * (1.0f + erff(0.70710678f * x));
-    if (KIND == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608f * fmaf(0.044715f * x * x, x, x)));
-    if (KIND == RELU) return fmaxf(x, 0.0f);
-    return x;
-}
 template <int KIND> __device__ __forceinline__ float slope(float x) {
     if (KIND == SILU) return silu_slope(x, sigmoid(x));
     if (KIND == GELU)

@@ -32,16 +32,18 @@ __device__ __forceinline__ float warp_sum(float x) {
 using Word = uint64_t;
 
 __device__ __forceinline__ uint32_t mark_of(Word w) { return uint32_t(w >> 32); }
-// Words have copies, so that not all blocks ask for the same lines of L2: how many, and words between them.
+// Words have copies, so that not all blocks ask for the same lines of L2.
+constexpr int COPIES = 2;
 struct Copies {
-    int count, apart;
+    int apart; // words
 
     __device__ void publish(Word *to, uint32_t data, uint32_t mark) const {
-        for (int i = 0; i < count; ++i, to += apart)
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i, to += apart)
             asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(Word(mark) << 32 | data) : "memory");
     }
     // The one that the block reads.
-    __device__ const Word *own(const Word *from) const { return from + blockIdx.x % count * apart; }
+    __device__ const Word *own(const Word *from) const { return from + blockIdx.x % COPIES * apart; }
 };
 __device__ __forceinline__ Word peek(const Word *from) {
     Word w;
@@ -72,21 +74,34 @@ struct Rows {
     }
 };
 
+// What becomes of a pair of words on its way: nothing. `begin` is called while the first of them are.
+struct Unchanged {
+    __device__ void begin() {}
+    __device__ uint2 operator()(int, uint2 pair) const { return pair; }
+};
 // A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
-// both are there; zeros behind the end of the row.
-template <int COUNT>
-__device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to) {
+// both are there; zeros behind the end of the row. SIGN: they may be far.
+template <int COUNT, bool SIGN = true, typename F = Unchanged>
+__device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to,
+                                        F &&change = F()) {
+    if (!rows.live) pairs = end = 0;
     // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
-    if (end > 0)
+    if (SIGN && end > 0)
         while (mark_of(peek(row)) != mark) {}
-#pragma unroll 1
-    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
-        Words w[COUNT];
+    Words w[COUNT];
+    auto ask = [&](int start) {
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;
             if (i < end) w[m] = peek_two(row + 2 * i);
         }
+    };
+    constexpr bool FEW = COUNT <= 5;
+    if (FEW) ask(rows.begin);
+    change.begin();
+#pragma unroll 1
+    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
+        if (!FEW || start > rows.begin) ask(start);
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
             int i = start + m * rows.lanes;
@@ -96,9 +111,9 @@ __device__ __forceinline__ void receive(const Word *row, const Rows &rows, int p
                     if (COUNT > 5) __nanosleep(100);
                     w[m] = peek_two(row + 2 * i);
                 }
-            else
-                w[m] = {};
-            if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
+            uint2 pair = {};
+            if (i < end) pair = change(i, {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])});
+            if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
         }
     }
 }

@@ -5,7 +5,36 @@
 //   STATE   delta = W norm(dt), the recurrence through the pool's states, skip weight and gate
 // and then ADD.
 #pragma once
-#include "decode_phases.cuh"
+#include "decode_loop.cuh"
+
+enum Kind { MIX, SELECT, STATE, ADD, HEAD };
+
+struct MambaPhase : Phase {
+    const float *taps, *shift;    // MIX: [D, taps], [D] or null
+    float *window;                // MIX: [slots, D, taps - 1]
+    const float *a, *d, *dt_bias; // STATE: [D, N], [D], [D]
+    const float *inner[3];        // STATE: weights of the norms of dt, B and C; null: ones
+    float *state;                 // STATE: [slots, D, N]
+};
+
+// What drafts leave for those who accept some of them, of each layer, for up to MOST_ROWS rows.
+struct Draft {
+    void *x, *u;    // [R, D], before and behind the convolution
+    void *selected; // [R, rank + 2 N], behind the inner norms
+    void *delta;    // [R, D]
+};
+
+struct MambaStep : Step {
+    int channels, states, rank, filter, normed;
+    float inner_eps;
+    Word *u, *y, *selected; // [R, D], [R, D], [R, rank + 2 N], elements
+    const Draft *drafts;    // of each layer; or null
+    int own_channels, padding; // channels of a block at most
+};
+
+// What a thread loads before its phase's inputs are there.
+constexpr int EARLY = 18;
+using Early = float[EARLY];
 
 constexpr int TAPS = 4;
 constexpr int NUMBERS = 4; // of a state, in a lane, twice where a state has more than half a warp's
@@ -16,14 +45,14 @@ struct Filter {
     float *tap, *window, &shift;
     int missing;
 
-    __device__ Filter(Early &early, const Step &p)
+    __device__ Filter(Early &early, const MambaStep &p)
         : tap(early), window(early + TAPS), shift(early[2 * TAPS - 1]), missing(TAPS - p.filter) {}
     // Where its state lies; null for an idle row.
-    __device__ static float *place(const Step &p, const Phase &phase, const Task &task) {
+    __device__ static float *place(const MambaStep &p, const MambaPhase &phase, const Task &task) {
         int slot = p.slots[task.sequence];
         return slot < 0 ? nullptr : phase.window + (int64_t(slot) * p.channels + task.output) * (p.filter - 1);
     }
-    __device__ void load(const Phase &phase, int channel, const float *place) {
+    __device__ void load(const MambaPhase &phase, int channel, const float *place) {
 #pragma unroll
         for (int k = 0; k < TAPS; ++k) {
             tap[k] = k >= missing ? phase.taps[channel * (TAPS - missing) + k - missing] : 0.0f;
@@ -87,17 +116,20 @@ struct Part {
     }
 };
 
+template <typename E, bool MANY> struct Mamba;
+
 // The recurrence: a state of N numbers lies in `split` lanes.
 template <typename E, bool MANY> struct Recurrence {
-    Block<E, MANY> &b;
-    const Phase &phase;
+    Mamba<E, MANY> &b;
+    const MambaPhase &phase;
     const Share &share;
     int tasks, halves, split = 1, bits = 0, lane, group;
     int own, channel, sequence, slot;
     int place; // of the channel's numbers in those of a sequence
 
-    __device__ Recurrence(Block<E, MANY> &b, const Phase &phase, const Share &share) : b(b), phase(phase), share(share) {
-        tasks = (b.p.tokens == 1 ? b.p.rows : Divide(b.p.tokens)(b.p.rows)) * share.count;
+    __device__ Recurrence(Mamba<E, MANY> &b, const MambaPhase &phase, const Share &share)
+        : b(b), phase(phase), share(share) {
+        tasks = b.sequences() * share.count;
         halves = b.p.states > LANES / 2 * NUMBERS ? 2 : 1;
         while (split * halves * NUMBERS < b.p.states) split *= 2, ++bits;
         lane = threadIdx.x & (split - 1), group = threadIdx.x >> bits;
@@ -127,10 +159,10 @@ template <typename E, bool MANY> struct Recurrence {
     }
     // The norms of what was selected.
     __device__ void norms() {
-        const Step &p = b.p;
+        const MambaStep &p = b.p;
         int lane = lane_of();
 #pragma unroll 1
-        for (int task = warp_of(); task < p.rows * 3; task += WARPS) {
+        for (int task = warp_of(); task < b.rows() * 3; task += WARPS) {
             int kind = task % 3, size = kind ? p.states : p.rank;
             E *x = reinterpret_cast<E *>(b.selected + task / 3 * b.selected_pitch);
             x += kind ? p.rank + (kind - 1) * p.states : 0;
@@ -150,12 +182,12 @@ template <typename E, bool MANY> struct Recurrence {
     __device__ void leave_selected() {
         int width = b.p.rank + 2 * b.p.states;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < b.p.rows * width; i += THREADS)
+        for (int i = threadIdx.x; i < b.rows() * width; i += THREADS)
             static_cast<E *>(b.p.drafts[phase.layer].selected)[i] =
                 reinterpret_cast<E *>(b.selected + i / width * b.selected_pitch)[i % width];
     }
     __device__ void run(Early &early) {
-        const Step &p = b.p;
+        const MambaStep &p = b.p;
         Part part(p.states, lane, halves);
 #pragma unroll 1
         for (int task = group; has(task); task += THREADS >> bits) {
@@ -164,8 +196,8 @@ template <typename E, bool MANY> struct Recurrence {
             bool live = task < tasks;
             float *a = early, *h = early + 2 * NUMBERS, bias = early[4 * NUMBERS], skip = early[4 * NUMBERS + 1];
 #pragma unroll 1
-            for (int t = 0; t < p.tokens; ++t) {
-                int row = sequence * p.tokens + t, at = row * p.own_channels + own;
+            for (int t = 0; t < b.tokens(); ++t) {
+                int row = sequence * b.tokens() + t, at = row * p.own_channels + own;
                 E delta = narrow<E>(sum_of(share, b.place_of_sum(own, row)));
                 float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
                 const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
@@ -196,88 +228,155 @@ template <typename E, bool MANY> struct Recurrence {
     }
 };
 
-// What becomes of a phase's products, those of STATE aside. Whole warps, for words of two lanes.
-template <typename E, bool MANY>
-__device__ void mix(Block<E, MANY> &b, const Phase &phase, const Share &share, const Task &task, Early &early, float *place) {
-    const Step &p = b.p;
-    Filter filter(early, p);
-    int own = task.row * p.own_channels + task.own, at = task.row * p.channels + task.output;
-#pragma unroll 1
-    for (int t = 0; t < p.tokens; ++t, own += p.own_channels, at += p.channels) {
-        E x = narrow<E>(task.value(share, t)), y = x;
-        float u = widen(x);
-        if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
-        E next = narrow<E>(__shfl_down_sync(~0u, u, 1));
-        if (!task.live) continue;
-        if (task.segment == 0 && task.own % PACK<E> == 0) p.copies.publish(p.u + at / PACK<E>, pack(y, next), b.mark);
-        (task.segment ? b.own_z : b.own_u)[own] = widen(y);
-        if (p.keep || task.segment) continue;
-        static_cast<E *>(p.drafts[phase.layer].x)[at] = x;
-        static_cast<E *>(p.drafts[phase.layer].u)[at] = y;
-    }
-    if (place && p.keep) filter.store(place);
-}
-template <typename E, bool MANY> __device__ void select(Block<E, MANY> &b, const Share &share, const Task &task) {
-    int words = words_of<E>(share.outputs), w = task.output / PACK<E>;
-#pragma unroll 1
-    for (int t = 0; t < b.p.tokens; ++t) {
-        float value = task.value(share, t), next = __shfl_down_sync(~0u, value, 1);
-        Word *row = b.p.selected + (task.row + t) * words;
-        if (!task.live) continue;
-        if (task.own % PACK<E> == 0) b.p.copies.publish(row + w, pack(narrow<E>(value), narrow<E>(next)), b.mark);
-        // the word that makes a pair of the last one
-        if (w + 2 == words && task.output + 1 == share.outputs) b.p.copies.publish(row + w + 1, 0, b.mark);
-    }
-}
-template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task &task) {
-    const Step &p = b.p;
-    if (!task.live) return;
-#pragma unroll 1
-    for (int t = 0; t < p.tokens; ++t) {
-        float *own = b.own_stream + (task.row + t) * p.own_hidden + task.own;
-        float sum = *own + widen(narrow<E>(task.value(share, t)));
-        if (!p.wide) sum = widen(narrow<E>(sum));
-        p.copies.publish(p.stream + (task.row + t) * p.hidden + task.output, __float_as_uint(sum), b.mark);
-        *own = sum;
-    }
-}
-template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const Share &share, const Task &task) {
-    const Step &p = b.p;
-    if (!task.live) return;
-#pragma unroll 1
-    for (int t = 0; t < p.tokens; ++t)
-        static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
-}
+template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
+    using Base = Block<E, MANY>;
+    using Element = E;
+    using Phase = MambaPhase;
+    using Step = MambaStep;
+    struct Ahead {
+        Early early;
+        float *place; // of the task's window
+    };
+    static constexpr int LAYER = 4; // phases
+    static constexpr int HINTS = 6;
+    const Step &p;
+    float *own_u, *own_z; // [R, own_channels]
+    char *selected;       // [R, rank + 2 N], for all warps
+    int selected_pitch;
 
-constexpr int HINTS = 6;
-// A layer ahead, a part for each warp: what the phase reads beside its weights.
-template <typename E> __device__ void hints(const Step &p, const Phase &phase, const Share &share, int warp) {
-    int sequences = 1, each = 0;
-    const void *from = nullptr;
-    bool mix = phase.kind == MIX, state = phase.kind == STATE;
-    if (warp == 0) {
-        from = phase.bias, each = sizeof(E);
-    } else if (warp == 1) {
-        if (mix && phase.bias) from = static_cast<const E *>(phase.bias) + p.channels, each = sizeof(E);
-        if (state) from = phase.a, each = p.states * sizeof(float);
-    } else if (warp == 2) {
-        if (mix) from = phase.taps, each = p.filter * sizeof(float);
-        if (state) from = phase.d, each = sizeof(float);
-    } else if (warp == 3) {
-        if (mix) from = phase.shift, each = sizeof(float);
-        if (state) from = phase.dt_bias, each = sizeof(float);
-    } else if (warp == 4) {
-        sequences = p.rows / p.tokens;
-        if (mix) from = phase.window, each = (p.filter - 1) * sizeof(float);
-        if (state) from = phase.state, each = p.states * sizeof(float);
-    } else if (warp == 5 && (mix || phase.kind == HEAD)) {
-        hint(phase.norm.weight, p.hidden * sizeof(float));
+    __device__ Mamba(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
+    template <typename Room> __device__ void make_rooms(Room &&room) {
+        int own_bytes = this->rows() * p.own_channels * sizeof(float);
+        own_u = reinterpret_cast<float *>(room(own_bytes));
+        own_z = reinterpret_cast<float *>(room(own_bytes));
+        // with what the last warp reads behind the end
+        int selected_groups = (words_of<E>(p.rank + 2 * p.states) * 4 + GROUP - 1) / GROUP;
+        selected_pitch = pitch_of(selected_groups + selected_groups / WARPS);
+        selected = room(this->rows() * selected_pitch);
     }
-    if (!from || share.count == 0) return;
+    static __device__ bool takes_norm(int kind) { return kind == MIX || kind == HEAD; }
+    static __device__ bool is_for_all(int) { return false; }
+    static __device__ bool is_whole(int kind) { return kind == STATE; }
+    struct Source {
+        __device__ explicit Source(const Step &) {}
+        __device__ void copy(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) const {
+            copy_weights<false>(one, other, weights, share, warp);
+        }
+    };
+
+    __device__ void begin(const Phase &phase, const Share &share, Ahead &ahead) {
+        if (phase.kind == STATE) Recurrence<E, MANY>(*this, phase, share).load(ahead.early);
+    }
+    __device__ void prepare(const Phase &phase, const Share &, const Task &task, Ahead &ahead) {
+        ahead.place = nullptr;
+        if (phase.kind != MIX || !task.live || task.segment) return;
+        ahead.place = Filter::place(p, phase, task);
+        Filter(ahead.early, p).load(phase, task.output, ahead.place);
+    }
+    __device__ Input take(const Phase &phase, const Share &share) {
+        if (phase.kind == STATE) {
+            take_selected(phase);
+            Recurrence<E, MANY> recurrence(*this, phase, share);
+            if (p.normed) recurrence.norms();
+            if (!p.keep && blockIdx.x == 0) recurrence.leave_selected();
+            return {shared_address(selected + warp_of() * share.groups * GROUP), selected_pitch};
+        }
+        if (!takes_norm(phase.kind) && warp_of() < share.warps) Base::take(phase, share);
+        return {shared_address(this->x), this->pitch};
+    }
+    __device__ void products(Ring &ring, const Phase &, const Share &share, const Input &input, int tiles) {
+        multiply<E, MANY>(ring, share, input.at, input.pitch, this->rows(), tiles, this->sums);
+    }
+    // Whole warps, for words of two lanes.
+    __device__ void finish(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        if (phase.kind == MIX)
+            mix(phase, share, task, ahead);
+        else if (phase.kind == SELECT)
+            select(share, task);
+        else if (phase.kind == ADD)
+            add(*this, share, task);
+        else
+            head(*this, share, task);
+    }
+    __device__ void end(const Phase &phase, const Share &share, Ahead &ahead) {
+        if (phase.kind == STATE) Recurrence<E, MANY>(*this, phase, share).run(ahead.early);
+    }
+
+    // What was selected, for all warps.
+    __device__ void take_selected(const Phase &phase) {
+        int pairs = selected_pitch / 8, row_pairs = words_of<E>(phase.width) / 2;
 #pragma unroll 1
-    for (int s = 0; s < sequences; ++s) {
-        int slot = warp == 4 ? p.slots[s] : 0;
-        if (slot >= 0)
-            hint(static_cast<const char *>(from) + (int64_t(slot) * p.channels + share.first) * each, share.count * each);
+        for (int i = threadIdx.x, r = 0; r < this->rows(); i += THREADS) {
+            for (; i >= pairs; i -= pairs) ++r;
+            if (r >= this->rows()) break;
+            Words w = {};
+            const Word *from = p.copies.own(phase.from) + 2 * (int64_t(r) * row_pairs + i);
+            if (i < row_pairs)
+                do w = peek_two(from);
+                while (mark_of(w.at[0]) != this->mark - 1 || mark_of(w.at[1]) != this->mark - 1);
+            *reinterpret_cast<uint2 *>(selected + r * selected_pitch + i * 8) = {uint32_t(w.at[0]), uint32_t(w.at[1])};
+        }
+        meet();
     }
-}
+    __device__ void mix(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        Filter filter(ahead.early, p);
+        int own = task.row * p.own_channels + task.own, at = task.row * p.channels + task.output;
+#pragma unroll 1
+        for (int t = 0; t < this->tokens(); ++t, own += p.own_channels, at += p.channels) {
+            E x = narrow<E>(task.value(share, t)), y = x;
+            float u = widen(x);
+            if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
+            E next = narrow<E>(__shfl_down_sync(~0u, u, 1));
+            if (!task.live) continue;
+            if (task.segment == 0 && task.own % PACK<E> == 0) p.copies.publish(p.u + at / PACK<E>, pack(y, next), this->mark);
+            (task.segment ? own_z : own_u)[own] = widen(y);
+            if (p.keep || task.segment) continue;
+            static_cast<E *>(p.drafts[phase.layer].x)[at] = x;
+            static_cast<E *>(p.drafts[phase.layer].u)[at] = y;
+        }
+        if (ahead.place && p.keep) filter.store(ahead.place);
+    }
+    __device__ void select(const Share &share, const Task &task) {
+        int words = words_of<E>(share.outputs), w = task.output / PACK<E>;
+#pragma unroll 1
+        for (int t = 0; t < this->tokens(); ++t) {
+            float value = task.value(share, t), next = __shfl_down_sync(~0u, value, 1);
+            Word *row = p.selected + (task.row + t) * words;
+            if (!task.live) continue;
+            if (task.own % PACK<E> == 0) p.copies.publish(row + w, pack(narrow<E>(value), narrow<E>(next)), this->mark);
+            // the word that makes a pair of the last one
+            if (w + 2 == words && task.output + 1 == share.outputs) p.copies.publish(row + w + 1, 0, this->mark);
+        }
+    }
+    // A layer ahead, a part for each warp: what the phase reads beside its weights.
+    static __device__ void hints(const Step &p, const Phase &phase, const Share &share, int warp) {
+        int sequences = 1, each = 0;
+        const void *from = nullptr;
+        bool mix = phase.kind == MIX, state = phase.kind == STATE;
+        if (warp == 0) {
+            from = phase.bias, each = sizeof(E);
+        } else if (warp == 1) {
+            if (mix && phase.bias) from = static_cast<const E *>(phase.bias) + p.channels, each = sizeof(E);
+            if (state) from = phase.a, each = p.states * sizeof(float);
+        } else if (warp == 2) {
+            if (mix) from = phase.taps, each = p.filter * sizeof(float);
+            if (state) from = phase.d, each = sizeof(float);
+        } else if (warp == 3) {
+            if (mix) from = phase.shift, each = sizeof(float);
+            if (state) from = phase.dt_bias, each = sizeof(float);
+        } else if (warp == 4) {
+            sequences = p.rows / p.tokens;
+            if (mix) from = phase.window, each = (p.filter - 1) * sizeof(float);
+            if (state) from = phase.state, each = p.states * sizeof(float);
+        } else if (warp == 5 && (mix || phase.kind == HEAD)) {
+            hint(phase.norm.weight, p.hidden * sizeof(float));
+        }
+        if (!from || share.count == 0) return;
+#pragma unroll 1
+        for (int s = 0; s < sequences; ++s) {
+            int slot = warp == 4 ? p.slots[s] : 0;
+            if (slot >= 0)
+                hint(static_cast<const char *>(from) + (int64_t(slot) * p.channels + share.first) * each, share.count * each);
+        }
+    }
+};

@@ -4,8 +4,6 @@
 
 constexpr unsigned NONE = ~0u;
 
-enum Kind { MIX, SELECT, STATE, ADD, HEAD };
-
 struct Norm {
     const float *weight, *bias; // [K]; the bias may be null
     int layer, outside;
@@ -13,48 +11,39 @@ struct Norm {
     int padding;
 };
 
+// What phases of all models have.
 struct Phase {
     int kind, layer;
-    const Word *from;             // [R, width] the activations that are its inputs; null: the stream
-    int width, padding;
-    Norm norm;                    // MIX, HEAD: of the stream
-    const void *bias;             // of the projection, or null
-    const float *taps, *shift;    // MIX: [D, taps], [D] or null
-    float *window;                // MIX: [slots, D, taps - 1]
-    const float *a, *d, *dt_bias; // STATE: [D, N], [D], [D]
-    const float *inner[3];        // STATE: weights of the norms of dt, B and C; null: ones
-    float *state;                 // STATE: [slots, D, N]
+    const Word *from; // [R, width] the activations that are its inputs; null: the stream
+    int width, first; // first: the stream begins here
+    Norm norm;        // of the stream
+    const void *bias; // of the projection, or null
 };
 
-// What drafts leave for those who accept some of them, of each layer, for up to MOST_ROWS rows.
-struct Draft {
-    void *x, *u;    // [R, D], before and behind the convolution
-    void *selected; // [R, rank + 2 N], behind the inner norms
-    void *delta;    // [R, D]
-};
-
+// What steps of all models have.
 struct Step {
-    const Phase *phases;
+    const void *phases;
     const Weights *weights; // of the phases, one each
     const Shape *shapes;    // of the weights
     int count, shape_count;
     int rows, tokens, keep;
-    int hidden, channels, states, rank, filter, vocabulary, wide, normed;
-    float embedding_scale, inner_eps;
-    const unsigned *ids;    // [R]
-    const int *slots;       // [R / T]; below zero: idle
-    const void *embedding;  // [V, hidden]
-    void *logits;           // [R, V]
-    unsigned *chosen;       // [R] the most probable tokens; or null
-    Word *stream;           // [R, hidden], f32
-    Word *u, *y, *selected; // [R, D], [R, D], [R, rank + 2 N], elements
-    Word *best;             // [blocks, MOST_ROWS, 2]
-    Copies copies;          // of all words
-    unsigned *epoch;        // the mark before the step's first, and the blocks that are done
-    const Draft *drafts;    // of each layer; or null
-    // of shared memory: a block's own channels and its own part of the stream; bytes of sums, and of a warp's activations;
-    // slots of a warp's ring
-    int own_channels, own_hidden, sums_bytes, x_bytes, ring_slots;
+    int hidden, vocabulary, wide;
+    float embedding_scale;
+    const unsigned *ids;   // [R]
+    const int *slots;      // [R / T]; below zero: idle
+    const void *embedding; // [V, hidden]
+    void *logits;          // [R, V]
+    unsigned *chosen;      // [R] the most probable tokens; or null
+    Word *stream;          // [R, hidden], f32
+    Word *best;            // [blocks, MOST_ROWS, 2]
+    Copies copies;
+    int padding;
+    unsigned *epoch;       // the mark before the step's first, and the blocks that are done
+    // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of a warp's ring,
+    // and groups of a row in a slot at most
+    int own_hidden, sums_bytes, x_bytes, ring_slots, slot_groups, last_padding;
+
+    __device__ int slot_bytes() const { return TILE * pitch_of(slot_groups); }
 };
 
 // Brings what lies at `from` close: into L2, where no stream of weights is in the way.
@@ -75,11 +64,13 @@ __device__ __forceinline__ float sum_of(const Share &share, const float *at) {
     return part[0];
 }
 
-// What a thread loads before its phase's inputs are there.
-constexpr int EARLY = 18;
-using Early = float[EARLY];
-
 constexpr int AT_ONCE = 5; // pairs of numbers that a lane has in registers
+
+// A warp's inputs of a phase in shared memory, rows `pitch` apart.
+struct Input {
+    uint32_t at;
+    int pitch;
+};
 
 // A block's memory and what it knows throughout a step. With many rows, words come in larger groups.
 template <typename E, bool MANY> struct Block {
@@ -89,45 +80,30 @@ template <typename E, bool MANY> struct Block {
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
-    float *own_u, *own_z;                // [R, own_channels]
-    char *x;                             // the warp's own activations, rows `pitch` apart
-    char *selected;                      // [R, rank + 2 N], for all warps
-    int pitch, selected_pitch;
+    char *all_x, *x;                     // the warps' own activations, rows `pitch` apart; the warp's
+    int pitch;
+
+    __device__ int rows() const { return MANY ? p.rows : 1; }
+    __device__ int tokens() const { return MANY ? p.tokens : 1; }
+    __device__ int sequences() const { return MANY && p.tokens > 1 ? Divide(p.tokens)(p.rows) : rows(); }
 
     __device__ float embedded(int row, int k) const {
         E e = static_cast<const E *>(p.embedding)[int64_t(p.ids[row]) * p.hidden + k];
         return p.embedding_scale == 1.0f ? widen(e) : widen(narrow<E>(widen(e) * p.embedding_scale));
     }
     // The warp's own elements, as the products take them.
-    __device__ void take(const Phase &phase, const Share &share) {
-        Rows rows(p.rows);
+    template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, F &&change = F()) {
+        Rows rows(this->rows());
         int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
         pitch = pitch_of(share.groups);
-        if (rows.live)
-            receive<WORDS>(p.copies.own(phase.from) + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
-                           min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch);
+        receive<WORDS>(p.copies.own(phase.from) + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
+                       min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch, change);
         __syncwarp();
-    }
-    // What was selected, for all warps.
-    __device__ void take_selected(const Phase &phase) {
-        int pairs = selected_pitch / 8, row_pairs = words_of<E>(phase.width) / 2;
-#pragma unroll 1
-        for (int i = threadIdx.x, r = 0; r < p.rows; i += THREADS) {
-            for (; i >= pairs; i -= pairs) ++r;
-            if (r >= p.rows) break;
-            Words w = {};
-            const Word *from = p.copies.own(phase.from) + 2 * (int64_t(r) * row_pairs + i);
-            if (i < row_pairs)
-                do w = peek_two(from);
-                while (mark_of(w.at[0]) != mark - 1 || mark_of(w.at[1]) != mark - 1);
-            *reinterpret_cast<uint2 *>(selected + r * selected_pitch + i * 8) = {uint32_t(w.at[0]), uint32_t(w.at[1])};
-        }
-        meet();
     }
     // The warp's own part of the norms of the stream's rows, as elements. The first phase has the stream from the
     // embedding.
     __device__ void take_norm(const Norm &norm, const Share &share, bool first) {
-        Rows rows(p.rows);
+        Rows rows(this->rows());
         int pairs = share.groups * (GROUP / 2) / int(sizeof(E)), begin = warp_of() * pairs, end = min(pairs, p.hidden / 2 - begin);
         pitch = pitch_of(share.groups * 4 / int(sizeof(E)));
         float2 weight[AT_ONCE]; // on its way while the stream is not there
@@ -142,7 +118,7 @@ template <typename E, bool MANY> struct Block {
         // a lane's numbers lie where it left them
         char *own = x + rows.own * pitch;
         if (!rows.live) end = 0;
-        if (!first && rows.live)
+        if (!first)
             receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end,
                            mark - 1, own);
         else if (first)
@@ -210,14 +186,14 @@ template <typename E, bool MANY> struct Block {
     __device__ void begin_stream(const Share &share) {
         Divide by(share.count);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < share.count * p.rows; i += THREADS) {
+        for (int i = threadIdx.x; i < share.count * rows(); i += THREADS) {
             int r = by(i), k = i - r * share.count;
             own_stream[r * p.own_hidden + k] = embedded(r, share.first + k);
         }
     }
     // Where that of output `own` of the tiles that are there lies, for row `row`.
     __device__ const float *place_of_sum(int own, int row) const {
-        return sums + (own / TILE * p.rows + row) * WARPS * TILE + own % TILE;
+        return sums + (own / TILE * rows() + row) * WARPS * TILE + own % TILE;
     }
 };
 
@@ -233,9 +209,9 @@ struct Task {
     // Task `task` of those of tiles first to last - 1.
     template <typename E, bool MANY>
     __device__ Task(const Block<E, MANY> &b, const Phase &phase, const Share &share, int task, int first, int last) {
-        int sequences = b.p.tokens == 1 ? b.p.rows : Divide(b.p.tokens)(b.p.rows), q = task / TILE;
+        int sequences = b.sequences(), q = task / TILE;
         int tile = sequences == 1 ? q : Divide(sequences)(q);
-        sequence = q - tile * sequences, row = sequence * b.p.tokens;
+        sequence = q - tile * sequences, row = sequence * b.tokens();
         sum = b.place_of_sum(tile * TILE + task % TILE, row);
         tile += first;
         live = tile < last;
@@ -251,48 +227,3 @@ struct Task {
         return live ? sum_of(share, sum + t * WARPS * TILE) + bias : 0.0f;
     }
 };
-
-// The largest logit, of equals the first; infinity at NONE stays.
-struct Best {
-    float value = -INFINITY;
-    unsigned place = NONE;
-
-    __device__ void merge(float x, unsigned i) {
-        bool first = value == INFINITY ? i == NONE : i < place;
-        if (x > value || (x == value && first)) value = x, place = i;
-    }
-    __device__ void over_warp() {
-#pragma unroll 1
-        for (int step = LANES / 2; step > 0; step /= 2)
-            merge(__shfl_xor_sync(~0u, value, step), __shfl_xor_sync(~0u, place, step));
-    }
-};
-
-// The most probable token of every row, the lowest id of equals; NONE if a logit is NaN or infinity. The block's own logits
-// are there.
-template <typename E> __device__ void choose(const Step &p, const Share &share, uint32_t mark) {
-    int row = warp_of(), lane = lane_of();
-    if (row >= p.rows) return;
-    const E *logits = static_cast<const E *>(p.logits) + int64_t(row) * p.vocabulary + share.first;
-    Best best;
-#pragma unroll 1
-    for (int i = lane; i < share.count; i += LANES) {
-        float x = widen(logits[i]);
-        bool bad = !(x < INFINITY);
-        best.merge(bad ? INFINITY : x, bad ? NONE : share.first + i);
-    }
-    best.over_warp();
-    Word *to = p.best + (int64_t(blockIdx.x) * MOST_ROWS + row) * 2;
-    if (lane < 2) p.copies.publish(to + lane, lane ? best.place : __float_as_uint(best.value), mark);
-    if (blockIdx.x > 0) return;
-    best = Best();
-#pragma unroll 1
-    for (int block = lane; block < gridDim.x; block += LANES) {
-        Words w;
-        do w = peek_two(p.best + (int64_t(block) * MOST_ROWS + row) * 2);
-        while (mark_of(w.at[0]) != mark || mark_of(w.at[1]) != mark);
-        best.merge(__uint_as_float(uint32_t(w.at[0])), uint32_t(w.at[1]));
-    }
-    best.over_warp();
-    if (lane == 0) p.chosen[row] = best.place;
-}

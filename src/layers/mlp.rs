@@ -98,7 +98,31 @@ pub struct Mlp {
     fc2: Linear,
 }
 
+/// What [`Mlp::forward`] computes with, for a kernel that does the same: a first projection of one or two parts of width
+/// `inner`, by as many layers or by one for both, and a second one.
+#[cfg(feature = "cuda")]
+pub(crate) struct Projections<'a> {
+    pub(crate) first: Vec<&'a Linear>,
+    pub(crate) parts: usize,
+    pub(crate) inner: usize,
+    pub(crate) activation: Activation,
+    pub(crate) second: &'a Linear,
+}
+
 impl Mlp {
+    /// None where there is a norm between the two.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn projections(&self) -> Option<Projections<'_>> {
+        let c = &self.config;
+        self.norm.is_none().then(|| Projections {
+            first: [Some(&self.fc1), self.gate.as_ref()].into_iter().flatten().collect(),
+            parts: if c.gate == MlpGate::None { 1 } else { 2 },
+            inner: c.d_intermediate,
+            activation: c.activation,
+            second: &self.fc2,
+        })
+    }
+
     /// Reads the parameters that [`MlpConfig::parameters`] lists.
     ///
     /// # Errors

@@ -125,6 +125,20 @@ impl Block {
         }
     }
 
+    /// Norms, mixer and feed-forward layer of a block that is `y + mlp(norm(y))`, `y = x + retention(norm(x))`, and nothing
+    /// else.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn plain_retention(
+        &self,
+    ) -> Option<([&NormLayer; 2], &crate::layers::MultiScaleRetention, &Mlp)> {
+        match (&self.mixer, &self.mlp) {
+            (Mixer::Retention(mixer), Some((norm, mlp))) if self.residual == Residual::default() => {
+                Some(([&self.norm, norm], mixer, mlp))
+            }
+            _ => None,
+        }
+    }
+
     /// Whether the stream comes out whole, with no update pending.
     pub(crate) fn ends_in_norm(&self) -> bool {
         self.residual.post_norm

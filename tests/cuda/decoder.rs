@@ -5,12 +5,17 @@ use crate::decoder_laws::{follows_the_model, greedy_is_the_largest_logit, refuse
 use crate::gpu;
 use candle_core::{DType, Device};
 use subquadratic::generate::{Generation, GenerationConfig, generate};
+use subquadratic::layers::retention::{
+    HeadDecay, HeadNorm, RetentionConfig, RetentionRotary, RetentionScaling, RotaryAngles, ShortConv,
+};
+use subquadratic::layers::{MlpConfig, MlpGate};
 use subquadratic::models::{Decoder, Family, LanguageModel, MixerConfig, ModelConfig, NormConfig};
+use subquadratic::ops::{Activation, RotaryStyle};
 
 const VOCABULARY: usize = 61;
 
-/// Models with other options each; all of them have kernels.
-fn configs() -> [ModelConfig; 5] {
+/// Models of Mamba blocks with other options each; all of them have kernels.
+fn mambas() -> [ModelConfig; 5] {
     let mut falcon = ModelConfig::mamba(64, 2, VOCABULARY);
     (falcon.family, falcon.tie_embeddings) = (Family::FalconMamba, false);
     let mut original = ModelConfig::mamba(72, 3, VOCABULARY);
@@ -34,6 +39,84 @@ fn configs() -> [ModelConfig; 5] {
     [ModelConfig::mamba(64, 3, VOCABULARY), falcon, original, odd, wide]
 }
 
+/// A RetNet of two layers with these mixers and feed-forward layers.
+fn retnet(hidden: usize, mixer: impl Fn(&mut RetentionConfig), mlp: impl Fn(&mut MlpConfig)) -> ModelConfig {
+    let mut config = ModelConfig::retnet(hidden, 2, VOCABULARY);
+    for block in &mut config.blocks {
+        let (MixerConfig::Retention(own), Some(feed)) = (&mut block.mixer, &mut block.mlp) else {
+            panic!("a RetNet")
+        };
+        mixer(own);
+        own.kv_heads = own.heads;
+        mlp(&mut feed.layer);
+    }
+    config
+}
+
+/// The same for RetNet blocks.
+fn retnets() -> [ModelConfig; 5] {
+    // as fla has it: halves turned together, a weight for the heads' norm; heads narrower than a tile
+    let mut fla = retnet(
+        72,
+        |c| {
+            (c.heads, c.head_key, c.head_value) = (6, 20, 12);
+            c.rotary = Some(RetentionRotary {
+                style: RotaryStyle::Half,
+                angles: RotaryAngles::Open,
+                base: 10_000.0,
+            });
+            (c.scaling, c.norm.affine) = (RetentionScaling::None, true);
+        },
+        |mlp| mlp.d_intermediate = 40,
+    );
+    fla.embedding_scale = 3.0;
+    // as torchscale had it at first: layer norms, biases, no gate of the feed-forward layer; rows that several warps share
+    let norm = NormConfig::Layer { eps: 1e-5 };
+    let mut early = retnet(
+        264,
+        |c| {
+            (c.heads, c.head_key, c.head_value, c.bias) = (4, 64, 132, true);
+            c.decay = HeadDecay::LogLinear;
+            c.norm = HeadNorm { kind: NormConfig::RmsOutside { eps: 1e-4 }, affine: true };
+        },
+        |mlp| {
+            (mlp.gate, mlp.activation, mlp.bias) = (MlpGate::None, Activation::Gelu, true);
+            mlp.d_intermediate = 304;
+        },
+    );
+    (early.final_norm, early.residual_in_fp32, early.tie_embeddings) = (Some(norm), false, true);
+    for block in &mut early.blocks {
+        block.norm = norm;
+        block.mlp.as_mut().unwrap().norm = norm;
+    }
+    // no gates, no turns, decays of all kinds; halves with biases in one projection
+    let bare = retnet(
+        48,
+        |c| {
+            (c.heads, c.head_key, c.head_value) = (3, 16, 16);
+            c.decay = HeadDecay::Given(vec![-1.5, 0.0, -1e-3]);
+            (c.gate, c.rotary) = (None, None);
+        },
+        |mlp| (mlp.gate, mlp.activation) = (MlpGate::Joint, Activation::Relu),
+    );
+    let odd = retnet(
+        64,
+        |c| {
+            (c.heads, c.head_key, c.head_value, c.bias) = (2, 8, 40, true);
+            c.gate = Some(Activation::GeluTanh);
+            if let Some(rotary) = &mut c.rotary {
+                rotary.style = RotaryStyle::Half;
+            }
+        },
+        |mlp| (mlp.bias, mlp.activation) = (true, Activation::Identity),
+    );
+    [ModelConfig::retnet(128, 3, VOCABULARY), fla, early, bare, odd]
+}
+
+fn configs() -> impl Iterator<Item = ModelConfig> {
+    mambas().into_iter().chain(retnets())
+}
+
 fn model(config: &ModelConfig, dtype: DType, device: &Device) -> LanguageModel {
     LanguageModel::init(config, 1, dtype, device).unwrap().frozen().unwrap()
 }
@@ -49,17 +132,47 @@ fn steps_are_the_model() {
             follows_the_model(&what, &model, 6, 60, tolerance);
         }
     }
-    greedy_is_the_largest_logit(&model(&configs()[0], DType::F32, &device));
-    refuses_nonsense(&model(&configs()[1], DType::F32, &device));
+    for configs in [mambas(), retnets()] {
+        greedy_is_the_largest_logit(&model(&configs[0], DType::F32, &device));
+        refuses_nonsense(&model(&configs[1], DType::F32, &device));
+    }
 }
 
 /// Without kernels of its own: a pool, rows that come and go, drafts taken back.
 #[test]
-fn a_retnet_decodes_from_a_pool() {
+fn other_models_decode_from_a_pool() {
     let Some(device) = gpu() else { return };
-    let config = ModelConfig::retnet(64, 2, VOCABULARY);
-    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 4e-2)] {
-        follows_the_model(&format!("RetNet {dtype:?}"), &model(&config, dtype, &device), 6, 60, tolerance);
+    let convolved = retnet(64, |c| c.short_conv = Some(ShortConv { width: 4, bias: true }), |_| ());
+    let layered = retnet(64, |c| c.norm.kind = NormConfig::Layer { eps: 1e-5 }, |_| ());
+    let mut post = ModelConfig::retnet(64, 2, VOCABULARY);
+    post.blocks.iter_mut().for_each(|block| block.residual.scale = 1.5);
+    for config in [convolved, layered, post] {
+        let model = model(&config, DType::F32, &device);
+        assert!(!Decoder::new(&model, 1).unwrap().is_fused(1));
+        follows_the_model("another model", &model, 6, 30, 1e-4);
+    }
+}
+
+/// Steps at far positions, one model on both devices: angles and scales are exact.
+#[test]
+fn a_long_sequence_goes_on_as_on_the_cpu() {
+    let Some(device) = gpu() else { return };
+    for config in [&retnets()[0], &retnets()[1]] {
+        let logits = [&device, &Device::Cpu].map(|device| {
+            let model = model(config, DType::F32, device);
+            let mut state = model.init_state(1).unwrap();
+            state.positions = vec![1_000_003];
+            for block in &mut state.blocks {
+                use subquadratic::layers::LayerState;
+                block.positions_mut().unwrap().clone_from(&state.positions);
+            }
+            let mut decoder = Decoder::new(&model, 2).unwrap();
+            decoder.set_state(1, &state, 0).unwrap();
+            let first = decoder.step(&[Some(1)], &[1, 2, 3]).unwrap();
+            let then = decoder.step(&[Some(1)], &[4]).unwrap();
+            candle_core::Tensor::cat(&[first, then], 1).unwrap().to_device(&Device::Cpu).unwrap()
+        });
+        assert_close("far positions", &logits[0], &logits[1], 1e-4);
     }
 }
 
@@ -69,47 +182,57 @@ fn generation_is_the_cpus() {
     let prompts = [vec![1u32, 2, 3], vec![4, 5, 6, 7, 8], vec![9]];
     for config in [GenerationConfig::greedy(30), GenerationConfig { max_tokens: 20, ..Default::default() }] {
         let config = GenerationConfig { stop_tokens: vec![7, 11], ..config };
-        let on =
-            |device: &Device| generate(&model(&configs()[0], DType::F32, device), &prompts, config.clone());
-        assert_eq!(on(&device).unwrap(), on(&Device::Cpu).unwrap());
+        for own in [&mambas()[0], &retnets()[0]] {
+            let on = |device: &Device| generate(&model(own, DType::F32, device), &prompts, config.clone());
+            assert_eq!(on(&device).unwrap(), on(&Device::Cpu).unwrap());
+        }
     }
     // and the states that it leaves
-    let states = |device: &Device| {
-        let model = model(&configs()[0], DType::F32, device);
-        let mut generation = Generation::new(&model, &prompts, GenerationConfig::greedy(4)).unwrap();
-        generation.by_ref().for_each(|step| drop(step.unwrap()));
-        generation.into_states().unwrap()
-    };
-    for (got, want) in states(&device).iter().zip(&states(&Device::Cpu)) {
-        crate::decoder_laws::assert_same_state("behind a generation", got, want, 1e-4);
+    for own in [&mambas()[0], &retnets()[0], &retnets()[1]] {
+        let states = |device: &Device| {
+            let model = model(own, DType::F32, device);
+            let mut generation = Generation::new(&model, &prompts, GenerationConfig::greedy(4)).unwrap();
+            generation.by_ref().for_each(|step| drop(step.unwrap()));
+            generation.into_states().unwrap()
+        };
+        for (got, want) in states(&device).iter().zip(&states(&Device::Cpu)) {
+            crate::decoder_laws::assert_same_state("behind a generation", got, want, 1e-4);
+        }
     }
 }
 
 #[test]
 fn a_hundred_runs_give_the_same_bits() {
     let Some(device) = gpu() else { return };
-    let model = model(&configs()[0], DType::BF16, &device);
-    let run = || -> Vec<u64> {
-        let mut decoder = Decoder::new(&model, 3).unwrap();
-        let slots = [Some(1), Some(0), None];
-        let mut all = vec![];
-        for t in 0..4 {
-            let logits = decoder.step(&slots, &[t, t + 1, 0]).unwrap().narrow(0, 0, 2).unwrap();
-            all.extend(bits(&logits.to_device(&Device::Cpu).unwrap()));
+    for config in [&mambas()[0], &retnets()[0]] {
+        let model = model(config, DType::BF16, &device);
+        let run = || -> Vec<u64> {
+            let mut decoder = Decoder::new(&model, 3).unwrap();
+            let slots = [Some(1), Some(0), None];
+            let mut all = vec![];
+            for t in 0..4 {
+                let logits = decoder.step(&slots, &[t, t + 1, 0]).unwrap().narrow(0, 0, 2).unwrap();
+                all.extend(bits(&logits.to_device(&Device::Cpu).unwrap()));
+            }
+            all
+        };
+        let want = run();
+        for _ in 1..100 {
+            assert!(run() == want);
         }
-        all
-    };
-    let want = run();
-    for _ in 1..100 {
-        assert!(run() == want);
     }
 }
 
 #[test]
 fn a_token_tried_is_a_token_taken() {
     let Some(device) = gpu() else { return };
-    let (cuda, cpu) =
-        (model(&configs()[0], DType::F32, &device), model(&configs()[0], DType::F32, &Device::Cpu));
+    for config in [&mambas()[0], &retnets()[0]] {
+        tried_is_taken(config, &device);
+    }
+}
+
+fn tried_is_taken(config: &ModelConfig, device: &Device) {
+    let (cuda, cpu) = (model(config, DType::F32, device), model(config, DType::F32, &Device::Cpu));
     for rows in [1, 2, 4] {
         let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
         let [mut taken, mut tried, mut want] =
@@ -125,7 +248,7 @@ fn a_token_tried_is_a_token_taken() {
             let want = want.state(slot).unwrap();
             let forward = {
                 let mut state = cuda.init_state(1).unwrap();
-                let ids = candle_core::Tensor::new(&[[3 * slot as u32]], &device).unwrap();
+                let ids = candle_core::Tensor::new(&[[3 * slot as u32]], device).unwrap();
                 cuda.forward_with_state(&ids, &mut state).unwrap();
                 state
             };

@@ -58,7 +58,25 @@ struct Convolution {
     bias: Option<Tensor>,
 }
 
+/// What [`MultiScaleRetention::forward`] computes with, for a kernel that does the same.
+#[cfg(feature = "cuda")]
+pub(crate) struct Parameters<'a> {
+    pub(crate) q: &'a Linear,
+    pub(crate) k: &'a Linear,
+    pub(crate) v: &'a Linear,
+    pub(crate) gate: Option<&'a Linear>,
+    /// The weight of the heads' norm.
+    pub(crate) norm: Option<&'a Tensor>,
+    pub(crate) out: &'a Linear,
+}
+
 impl MultiScaleRetention {
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parameters(&self) -> Parameters<'_> {
+        let ([q, k, v], gate, norm) = (&self.projections, self.gate.as_ref(), self.norm[0].as_ref());
+        Parameters { q, k, v, gate, norm, out: &self.out }
+    }
+
     /// Reads the parameters that [`RetentionConfig::parameters`] lists.
     ///
     /// # Errors

@@ -5,6 +5,8 @@ mod fused;
 mod general;
 
 use super::{LanguageModel, ModelState};
+#[cfg(feature = "cuda")]
+use crate::layers::LayerState;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::borrow::Cow;
@@ -20,10 +22,10 @@ use general::General;
 /// logits are given but the states stay, until [`Decoder::accept`] says how many of them to keep, as speculative decoding
 /// asks for.
 ///
-/// On CUDA, a model of Mamba blocks takes up to eight tokens at a time (rows times tokens) through one kernel with states
-/// in place, which goes through all layers while their weights stream ahead of it; see [`Decoder::is_fused`]. Everything
-/// else takes the general form: the model's own forward pass, and states
-/// that are cut and joined where the rows change. By the streaming law the results are the same.
+/// On CUDA, a model of Mamba or of RetNet blocks takes up to eight tokens at a time (rows times tokens) through one kernel
+/// with states in place, which goes through all layers while their weights stream ahead of it; see [`Decoder::is_fused`].
+/// Everything else takes the general form: the model's own forward pass, and states that are cut and joined where the rows
+/// change. By the streaming law the results are the same.
 ///
 /// ```
 /// # use candle_core::{DType, Device};
@@ -56,6 +58,12 @@ enum Inner {
     General(General),
     #[cfg(feature = "cuda")]
     Fused(Box<Fused>),
+}
+
+/// Slots and the tokens that their sequences have had.
+#[cfg(feature = "cuda")]
+fn rows(slots: &[Option<usize>], positions: &[usize]) -> Vec<fused::Row> {
+    slots.iter().map(|&slot| (slot, slot.map_or(0, |slot| positions[slot]))).collect()
 }
 
 impl<'a> Decoder<'a> {
@@ -140,7 +148,13 @@ impl<'a> Decoder<'a> {
             Inner::Fused(fused) => {
                 let mut state = self.model.init_state(1)?;
                 fused.get(slot, &mut state)?;
-                state.positions = vec![self.positions[slot]];
+                let positions = vec![self.positions[slot]];
+                for block in &mut state.blocks {
+                    if let Some(own) = block.positions_mut() {
+                        own.clone_from(&positions);
+                    }
+                }
+                state.positions = positions;
                 Ok(state)
             }
         }
@@ -183,7 +197,7 @@ impl<'a> Decoder<'a> {
             && ids.len() <= fused.most_rows()
             && tokens == 1
         {
-            let chosen = fused.greedy(slots, ids)?;
+            let chosen = fused.greedy(&rows(slots, &self.positions), ids)?;
             self.advance(slots, |_| 1);
             let bad = chosen.iter().zip(slots).position(|(id, slot)| *id == u32::MAX && slot.is_some());
             return match bad {
@@ -229,7 +243,7 @@ impl<'a> Decoder<'a> {
         match &mut self.inner {
             Inner::General(general) => general.accept(&self.model, counts)?,
             #[cfg(feature = "cuda")]
-            Inner::Fused(fused) => fused.accept(&slots, counts, tokens)?,
+            Inner::Fused(fused) => fused.accept(counts, tokens)?,
         }
         self.advance(&slots, |row| counts[row]);
         Ok(())
@@ -240,7 +254,7 @@ impl<'a> Decoder<'a> {
         match &mut self.inner {
             Inner::General(general) => general.run(&self.model, slots, ids, tokens, keep),
             #[cfg(feature = "cuda")]
-            Inner::Fused(fused) => fused.run(slots, ids, tokens, keep),
+            Inner::Fused(fused) => fused.run(&rows(slots, &self.positions), ids, tokens, keep),
         }
     }
 

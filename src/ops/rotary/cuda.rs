@@ -45,6 +45,11 @@ struct Call {
     turns: [u64; MOST_PAIRS],
 }
 
+/// Turns of a position at an angle per position, in units of 2^-64; whole ones do not count.
+pub(crate) fn turns_of(frequency: f64) -> u64 {
+    ((frequency / TAU).rem_euclid(1.0) * 2f64.powi(64)) as u64
+}
+
 /// What all rows share.
 #[derive(Clone, Debug)]
 struct Turn {
@@ -91,8 +96,7 @@ fn turned(args: &Rotary, sequences: &[&Tensor], log_decay: Option<&[f64]>) -> Re
     let device = args.x.device();
     let mut turns = [0; MOST_PAIRS];
     for (turn, frequency) in turns.iter_mut().zip(args.frequencies) {
-        // the whole turns of a position do not count
-        *turn = ((frequency / TAU).rem_euclid(1.0) * 2f64.powi(64)) as u64;
+        *turn = turns_of(*frequency);
     }
     let first = args.positions.first().copied().unwrap_or(0);
     let in_order = args.positions.iter().enumerate().all(|(i, position)| *position == first + i % length)

@@ -19,6 +19,8 @@ mod cpu;
 mod cuda;
 mod reference;
 
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::turns_of;
 pub use reference::rotary_reference;
 
 use super::Segments;

@@ -1,14 +1,5 @@
-//! The arguments of the kernels, laid out as `kernels/common/decode_phases.cuh` and `decode_stream.cuh` have them.
-
-/// What a phase does: `enum Kind`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    Mix,
-    Select,
-    State,
-    Add,
-    Head,
-}
+//! The arguments that the kernels of all families have, laid out as `kernels/common/decode_phases.cuh` and
+//! `decode_stream.cuh` have them.
 
 /// `struct Norm`
 #[repr(C)]
@@ -30,17 +21,9 @@ pub(super) struct Phase {
     pub(super) layer: i32,
     pub(super) from: u64,
     pub(super) width: i32,
-    pub(super) padding: i32,
+    pub(super) first: i32,
     pub(super) norm: Norm,
     pub(super) bias: u64,
-    pub(super) taps: u64,
-    pub(super) shift: u64,
-    pub(super) window: u64,
-    pub(super) a: u64,
-    pub(super) d: u64,
-    pub(super) dt_bias: u64,
-    pub(super) inner: [u64; 3],
-    pub(super) state: u64,
 }
 
 /// `struct Shape`
@@ -51,6 +34,29 @@ pub(super) struct Shape {
     pub(super) outputs: i32,
     pub(super) segments: i32,
     pub(super) turn: i32,
+    pub(super) form: i32,
+    pub(super) padding: i32,
+}
+
+/// The form of a shape that is a matrix for every sequence, by its slot.
+pub(super) const POOL: i32 = -1;
+
+impl Shape {
+    /// `segments` matrices `[outputs, inputs]` of elements of `element` bytes, the first block's share going to block `turn`.
+    pub(super) fn new(element: usize, [segments, outputs, inputs]: [usize; 3], turn: usize) -> Self {
+        Self {
+            row_bytes: (inputs * element) as i32,
+            outputs: outputs as i32,
+            segments: segments as i32,
+            turn: turn as i32,
+            ..Self::default()
+        }
+    }
+
+    /// All of its bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.row_bytes as usize * self.outputs as usize * self.segments as usize
+    }
 }
 
 /// `struct Weights`
@@ -58,18 +64,15 @@ pub(super) struct Shape {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Matrix {
     pub(super) data: u64,
-    pub(super) shape: i32,
-    pub(super) padding: i32,
+    /// The shape in the lowest byte, above it the bytes from one segment to the next.
+    pub(super) shape_apart: i64,
 }
 
-/// `struct Draft`
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Draft {
-    pub(super) x: u64,
-    pub(super) u: u64,
-    pub(super) selected: u64,
-    pub(super) delta: u64,
+impl Matrix {
+    pub(super) fn new(data: u64, next: u64, shape: usize) -> Self {
+        let apart = if next == 0 { 0 } else { next.wrapping_sub(data) as i64 };
+        Self { data, shape_apart: (apart << 8) | shape as i64 }
+    }
 }
 
 /// `struct Step`
@@ -85,48 +88,23 @@ pub(super) struct Step {
     pub(super) tokens: i32,
     pub(super) keep: i32,
     pub(super) hidden: i32,
-    pub(super) channels: i32,
-    pub(super) states: i32,
-    pub(super) rank: i32,
-    pub(super) filter: i32,
     pub(super) vocabulary: i32,
     pub(super) wide: i32,
-    pub(super) normed: i32,
     pub(super) embedding_scale: f32,
-    pub(super) inner_eps: f32,
     pub(super) ids: u64,
     pub(super) slots: u64,
     pub(super) embedding: u64,
     pub(super) logits: u64,
     pub(super) chosen: u64,
     pub(super) stream: u64,
-    pub(super) u: u64,
-    pub(super) y: u64,
-    pub(super) selected: u64,
     pub(super) best: u64,
-    pub(super) copies: i32,
     pub(super) apart: i32,
+    pub(super) padding: i32,
     pub(super) epoch: u64,
-    pub(super) drafts: u64,
-    pub(super) own_channels: i32,
     pub(super) own_hidden: i32,
     pub(super) sums_bytes: i32,
     pub(super) x_bytes: i32,
     pub(super) ring_slots: i32,
-}
-
-/// `struct Accept` of `decode_accept.cu`
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Accept {
-    pub(super) phases: u64,
-    pub(super) drafts: u64,
-    pub(super) slots: u64,
-    pub(super) counts: u64,
-    pub(super) each: i32,
-    pub(super) tokens: i32,
-    pub(super) channels: i32,
-    pub(super) states: i32,
-    pub(super) rank: i32,
-    pub(super) filter: i32,
+    pub(super) slot_groups: i32,
+    pub(super) last_padding: i32,
 }

@@ -1,17 +1,18 @@
 //! How much of a block's shared memory each part of a step has.
 
 use super::kernels::Shape;
-use super::weights::Sizes;
 
 /// Of `decode.cuh` and `decode_stream.cuh`.
-const WARPS: usize = 8;
+pub(super) const WARPS: usize = 8;
 const COPIERS: usize = 4;
 const LANES: usize = 32;
-const TILE: usize = 8;
-const GROUP: usize = 64;
-const SLOT: usize = 5 * TILE * GROUP;
-const MOST_SLOTS: usize = 8;
-const GRAIN: usize = 2;
+pub(super) const TILE: usize = 8;
+pub(super) const GROUP: usize = 64;
+const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 5..=10;
+/// From so many groups on Hopper copies parts of rows without the lanes.
+const BULK_GROUPS: usize = 8;
+const MOST_SLOTS: usize = 16;
+pub(super) const GRAIN: usize = 2;
 /// Threads of a block.
 pub(super) const THREADS: usize = (WARPS + COPIERS) * LANES;
 /// Shared memory that the kernel has beside what is asked for at its launch.
@@ -19,107 +20,186 @@ const FIXED: usize = 4 << 10;
 /// Slots with which weights come ahead of their phases.
 const LEAST_SLOTS: usize = 2;
 
+/// How rows of weights and outputs are shared.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Split {
+    /// Multiprocessors, which share the outputs.
+    pub(super) blocks: usize,
+    /// Groups of 64 bytes of a row that a slot of a warp's ring holds at most.
+    pub(super) slot_groups: usize,
+}
+
+impl Split {
+    /// Outputs of a block at most.
+    pub(super) fn own(&self, outputs: usize) -> usize {
+        GRAIN * outputs.div_ceil(GRAIN).div_ceil(self.blocks)
+    }
+
+    /// Groups of a row of so many bytes in a slot.
+    fn size(&self, bytes: usize) -> usize {
+        let groups = bytes.div_ceil(GROUP).div_ceil(WARPS);
+        groups.div_ceil(groups.div_ceil(self.slot_groups))
+    }
+
+    /// Groups of a row of so many bytes for each warp.
+    fn groups(&self, bytes: usize) -> usize {
+        let groups = bytes.div_ceil(GROUP).div_ceil(WARPS);
+        groups.div_ceil(self.slot_groups) * self.size(bytes)
+    }
+
+    /// Bytes of a row for each warp.
+    pub(super) fn part(&self, bytes: usize) -> usize {
+        self.groups(bytes) * GROUP
+    }
+
+    /// Bytes between a warp's parts of two rows.
+    pub(super) fn pitch(&self, bytes: usize) -> usize {
+        pitch(self.groups(bytes))
+    }
+
+    fn slot(&self) -> usize {
+        TILE * pitch(self.slot_groups)
+    }
+}
+
+/// Bytes between rows of so many groups.
+pub(super) fn pitch(groups: usize) -> usize {
+    (groups | 1) * GROUP
+}
+
+/// What rows of a family's blocks need of shared memory.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Needs {
+    /// Channels of a block, of which there are two numbers for every row.
+    pub(super) own: usize,
+    /// Tiles whose products are all there at once.
+    pub(super) tiles: usize,
+    /// Of the activations of a row, bytes of a warp.
+    pub(super) x: usize,
+    /// Heads of a warp's part.
+    pub(super) heads: usize,
+    /// What else there is, in bytes.
+    pub(super) rooms: Vec<usize>,
+    /// The least bytes of a slot.
+    pub(super) slot: usize,
+}
+
 /// A multiprocessor's share of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
-    /// Outputs of a block at most: channels, and parts of the stream.
-    pub(super) own_channels: usize,
+    pub(super) own: usize,
     pub(super) own_hidden: usize,
+    pub(super) heads: usize,
     /// Of the products' sums, once, and of a warp's activations.
     pub(super) sums_bytes: usize,
     pub(super) x_bytes: usize,
     pub(super) ring_slots: usize,
+    pub(super) slot_groups: usize,
     /// In all.
     pub(super) bytes: usize,
 }
 
-impl Layout {
-    /// For so many rows, on `blocks` multiprocessors with `memory` bytes of shared memory each; none if that is not
-    /// enough.
-    pub(super) fn new(
-        sizes: &Sizes,
-        element: usize,
-        phases: usize,
-        rows: usize,
-        blocks: usize,
-        memory: usize,
-    ) -> Option<Self> {
-        let own = |outputs: usize| GRAIN * outputs.div_ceil(GRAIN).div_ceil(blocks);
-        let groups = |bytes: usize| bytes.div_ceil(GROUP).div_ceil(WARPS);
-        let pitch = |groups: usize| (groups | 1) * GROUP;
-        let [own_channels, own_hidden] = [sizes.channels, sizes.hidden].map(own);
-        // a recurrence has all of its products at once, what else there is takes turns
-        let tiles = own_channels.div_ceil(TILE).max((80 / rows).min(16));
-        let sums_bytes = tiles * WARPS * TILE * rows * size_of::<f32>();
-        let activations = pitch(groups(sizes.channels * element));
-        let stream = pitch(groups(sizes.hidden * element) * size_of::<f32>() / element);
-        let x_bytes = rows * activations.max(stream);
-        let per_word = size_of::<u32>() / element;
-        let selected_words = sizes.selected().div_ceil(per_word).next_multiple_of(2);
-        let selected = (selected_words * size_of::<u32>()).div_ceil(GROUP);
-        let rooms = [
-            phases * 16,
-            WARPS * x_bytes,
-            2 * sums_bytes,
-            rows * own_hidden * size_of::<f32>(),
-            rows * own_channels * size_of::<f32>(),
-            rows * own_channels * size_of::<f32>(),
-            rows * pitch(selected + selected / WARPS),
-        ];
-        let rest: usize = rooms.iter().map(|bytes| bytes.next_multiple_of(16)).sum();
-        let ring_slots = memory.checked_sub(rest + FIXED)? / (WARPS * SLOT);
-        let ring_slots = ring_slots.min(MOST_SLOTS);
-        let bytes = rest + ring_slots * WARPS * SLOT;
-        let layout = Self { own_channels, own_hidden, sums_bytes, x_bytes, ring_slots, bytes };
-        (ring_slots >= LEAST_SLOTS).then_some(layout)
-    }
+/// What layouts are made for: a residual stream, elements of so many bytes, a program of so many phases with these shapes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan<'a> {
+    pub(super) hidden: usize,
+    pub(super) element: usize,
+    pub(super) phases: usize,
+    pub(super) shapes: &'a [Shape],
+    pub(super) blocks: usize,
+    /// Bytes of shared memory of a multiprocessor.
+    pub(super) memory: usize,
 }
 
-/// The shapes of a layer's projections and of the head, in the order of their use. Turns have blocks with more of one
-/// phase have less of the next.
-pub(super) fn shapes(sizes: &Sizes, element: usize, blocks: usize) -> [Shape; 5] {
-    let shape = |inputs: usize, outputs: usize, segments: usize, turn: usize| Shape {
-        row_bytes: (inputs * element) as i32,
-        outputs: outputs as i32,
-        segments: segments as i32,
-        turn: turn as i32,
-    };
-    let extra = sizes.channels.div_ceil(GRAIN) % blocks;
-    [
-        shape(sizes.hidden, sizes.channels, 2, 0),
-        shape(sizes.channels, sizes.selected(), 1, blocks / 3),
-        shape(sizes.padded_rank(element), sizes.channels, 1, 0),
-        shape(sizes.channels, sizes.hidden, 1, extra),
-        shape(sizes.hidden, sizes.vocabulary, 1, 0),
-    ]
+impl Layout {
+    /// For so many rows, with the slots that suit the weights best. None if there is not enough memory.
+    pub(super) fn new(plan: &Plan, rows: usize, needs: impl Fn(&Split) -> Needs) -> Option<Self> {
+        let layouts = SLOT_GROUPS.filter_map(|slot_groups| {
+            let split = Split { blocks: plan.blocks, slot_groups };
+            let layout = Self::with(plan, rows, &split, &needs(&split))?;
+            let worth: f64 =
+                plan.shapes.iter().map(|shape| shape.bytes() as f64 * layout.worth(shape, &split)).sum();
+            Some((worth, layout))
+        });
+        layouts.max_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, layout)| layout)
+    }
+
+    /// How fast a shape's weights come, by what an H200 has shown: groups of a warp on their way, up to as many as hide
+    /// their latency, less what copying short parts of rows costs, or having few slots, or warps with unequal parts.
+    fn worth(&self, shape: &Shape, split: &Split) -> f64 {
+        let bytes = shape.row_bytes as usize;
+        let size = split.size(bytes);
+        let ahead = (self.ring_slots * size).min(36) as f64;
+        let copies = match (size >= BULK_GROUPS, self.ring_slots >= 5) {
+            (true, true) => 1.0,
+            (true, false) => 0.8,
+            (false, _) => size as f64 / (size + 1) as f64,
+        };
+        let whole = bytes.div_ceil(GROUP).div_ceil(WARPS) as f64 / split.groups(bytes) as f64;
+        ahead * copies * whole
+    }
+
+    fn with(plan: &Plan, rows: usize, split: &Split, needs: &Needs) -> Option<Self> {
+        let own_hidden = split.own(plan.hidden);
+        let tiles = needs.tiles.max((80 / rows).min(16));
+        let sums_bytes = tiles * WARPS * TILE * rows * size_of::<f32>();
+        let stream = split.groups(plan.hidden * plan.element) * size_of::<f32>() / plan.element;
+        let x_bytes = (rows * needs.x.max(pitch(stream))).next_multiple_of(16);
+        let mut rooms =
+            vec![plan.phases * 16, WARPS * x_bytes, 2 * sums_bytes, rows * own_hidden * size_of::<f32>()];
+        rooms.extend([rows * needs.own * size_of::<f32>(); 2]);
+        rooms.extend(&needs.rooms);
+        let rest: usize = rooms.iter().map(|bytes| bytes.next_multiple_of(16)).sum();
+        let ring_slots = (plan.memory.checked_sub(rest + FIXED)? / (WARPS * split.slot())).min(MOST_SLOTS);
+        let layout = Self {
+            own: needs.own,
+            own_hidden,
+            heads: needs.heads,
+            sums_bytes,
+            x_bytes,
+            ring_slots,
+            slot_groups: split.slot_groups,
+            bytes: rest + ring_slots * WARPS * split.slot(),
+        };
+        (ring_slots >= LEAST_SLOTS && needs.slot <= split.slot()).then_some(layout)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sizes(hidden: usize) -> Sizes {
-        Sizes {
-            hidden,
-            channels: 2 * hidden,
-            states: 16,
-            filter: 4,
-            rank: hidden / 16,
-            vocabulary: 50280,
-            inner_eps: None,
-            wide: true,
-            embedding_scale: 1.0,
-        }
+    /// A layer of activations `[.., 2 hidden]` and a head.
+    fn slots(
+        hidden: usize,
+        rows: usize,
+        element: usize,
+        blocks: usize,
+        memory: usize,
+    ) -> Option<(usize, usize)> {
+        let shapes = [
+            Shape::new(element, [2, 2 * hidden, hidden], 0),
+            Shape::new(element, [1, hidden, 2 * hidden], 0),
+            Shape::new(element, [1, 50280, hidden], 0),
+        ];
+        let plan = Plan { hidden, element, phases: 257, shapes: &shapes, blocks, memory };
+        let layout = Layout::new(&plan, rows, |split| Needs {
+            own: split.own(2 * hidden),
+            tiles: split.own(2 * hidden).div_ceil(TILE),
+            x: split.pitch(2 * hidden * element),
+            ..Needs::default()
+        })?;
+        assert!(layout.bytes + FIXED <= memory);
+        Some((layout.ring_slots, layout.slot_groups))
     }
 
     #[test]
     fn an_h100_has_room_for_the_published_models() {
-        let slots = |hidden, rows, element| {
-            Layout::new(&sizes(hidden), element, 257, rows, 132, 227 << 10).map(|layout| layout.ring_slots)
-        };
-        assert_eq!(slots(768, 1, 2), Some(8));
-        assert_eq!(slots(2560, 1, 2), Some(8));
-        assert!(slots(2560, 8, 2) >= Some(3));
+        let slots = |hidden, rows, element| slots(hidden, rows, element, 132, 227 << 10);
+        // long parts of rows in few slots, or short ones in many
+        assert_eq!(slots(2048, 1, 2), Some((5, 9)));
+        assert_eq!(slots(2560, 1, 2), Some((9, 5)));
+        assert!(slots(2560, 8, 2).is_some());
         // f32 activations of eight rows leave no room for weights
         assert_eq!(slots(2560, 8, 4), None);
         assert!(slots(2560, 4, 4).is_some());
@@ -127,8 +207,6 @@ mod tests {
 
     #[test]
     fn small_models_fit_small_gpus() {
-        let layout = Layout::new(&sizes(64), 4, 13, 8, 20, 99 << 10).unwrap();
-        assert_eq!([layout.own_channels, layout.own_hidden], [8, 4]);
-        assert!(layout.bytes + FIXED <= 99 << 10);
+        assert!(slots(64, 8, 4, 20, 99 << 10).is_some());
     }
 }

@@ -1,48 +1,65 @@
 //! Decoding by a kernel of its own: a whole step is one launch, states in place.
 //!
 //! Everything a step touches lies in places that stay: weights, states, the program of phases, the words that pass between
-//! the kernel's blocks, and `io`, where the host leaves ids, slots and counts and finds the chosen ids. More rows than the
-//! kernel takes at a time go through in turns.
+//! the kernel's blocks, and `io`, where the host leaves ids, slots, positions and counts and finds the chosen ids. More rows
+//! than the kernel takes at a time go through in turns.
+//!
+//! What tells families of models apart is theirs ([`blocks::Blocks`]): `mamba` and `retnet`.
 
+mod blocks;
 mod kernels;
 mod layout;
+mod mamba;
 mod program;
-mod steps;
+mod retnet;
+mod rooms;
 mod weights;
 
-use super::super::{LanguageModel, MixerState, ModelState};
+use super::super::{LanguageModel, ModelState};
 use crate::backend::cuda::{Buffer, Graph, multiprocessors};
 use crate::{Error, Result};
+use blocks::{Blocks, Kernels, Places};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, DType, Tensor};
+use kernels::Step;
 use program::Program;
+use rooms::{Drafts, Room, Words, pointer_of};
 use std::collections::HashMap;
 use std::sync::Arc;
-use weights::{Sizes, Weights};
+use weights::Common;
 
 /// Rows (tokens of all sequences) that the kernel takes at a time at most.
 const MOST_ROWS: usize = 8;
-/// Where in `io` the ids, slots, counts and chosen ids begin; what the host writes comes first.
+/// Where in `io` the ids, slots, positions, counts and chosen ids begin; what the host writes for a step comes first.
 const IDS: usize = 0;
 const SLOTS: usize = MOST_ROWS;
-const COUNTS: usize = 2 * MOST_ROWS;
-const CHOSEN: usize = 3 * MOST_ROWS;
+const POSITIONS: usize = 2 * MOST_ROWS;
+const COUNTS: usize = 3 * MOST_ROWS;
+const CHOSEN: usize = 4 * MOST_ROWS;
 /// A slot that no row has, for the kernels.
 const IDLE: u32 = u32::MAX;
-/// Copies of all words, so that not all blocks ask for the same lines of L2.
-const WORD_COPIES: usize = 2;
-/// Marks that words bear before all of them are taken back.
-const MOST_MARKS: usize = 1 << 31;
+
+/// Where the numbers of `io` lie that kernels take from there.
+#[derive(Clone, Copy, Debug)]
+struct Io {
+    ids: u64,
+    slots: u64,
+    positions: u64,
+    counts: u64,
+    chosen: u64,
+}
 
 /// The model, its states, and what a step needs beside them.
 pub(super) struct Fused {
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    weights: Weights,
-    pool: Vec<Pool>,
+    common: Common,
+    family: Box<dyn Blocks>,
+    /// The states of each layer, `[slots, ..]` each.
+    pool: Vec<Vec<Room>>,
     program: Program,
     io: CudaSlice<u32>,
-    io_pointer: u64,
+    io_places: Io,
     logits: Room,
     words: Words,
     /// What drafts leave for `accept`; made by the first draft.
@@ -50,39 +67,8 @@ pub(super) struct Fused {
     graphs: HashMap<Shape, Option<Graph>>,
 }
 
-/// The states of one layer.
-struct Pool {
-    /// `[slots, D, K - 1]`
-    window: Room,
-    /// `[slots, D, N]`
-    state: Room,
-}
-
-/// Memory that stays where it is.
-struct Room {
-    slice: CudaSlice<f32>,
-    pointer: u64,
-}
-
-/// The words that pass between blocks, for [`MOST_ROWS`] rows, and the marks that they bear.
-struct Words {
-    slice: CudaSlice<u64>,
-    /// The kernel's mark, and how many of its blocks are done.
-    epoch: CudaSlice<u32>,
-    epoch_pointer: u64,
-    /// Where the stream, u, y, what is selected and the best logits begin in the first copy; words of a copy.
-    places: [u64; 5],
-    apart: usize,
-    /// Marks since they were zeros.
-    marks: usize,
-}
-
-/// What drafts leave, for [`MOST_ROWS`] rows: of each layer `x`, `u`, what was selected, delta.
-struct Drafts {
-    _rooms: Vec<[Room; 4]>,
-    _table: CudaSlice<u64>,
-    pointer: u64,
-}
+/// The slot of a row, none of an idle one, and the tokens that it has had.
+pub(super) type Row = (Option<usize>, usize);
 
 /// What a graph is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,113 +81,44 @@ struct Shape {
 
 impl std::fmt::Debug for Fused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Fused").field("sizes", &self.weights.sizes).finish_non_exhaustive()
-    }
-}
-
-impl Room {
-    fn zeros(device: &CudaDevice, stream: &CudaStream, numbers: usize) -> Result<Self> {
-        let mut slice = device.alloc_zeros::<f32>(numbers.max(1))?;
-        let pointer = pointer_of(&mut slice, stream);
-        Ok(Self { slice, pointer })
-    }
-}
-
-fn pointer_of<T>(slice: &mut CudaSlice<T>, stream: &CudaStream) -> u64 {
-    use candle_core::cuda_backend::cudarc::driver::DevicePtrMut;
-    slice.device_ptr_mut(stream).0
-}
-
-impl Words {
-    fn new(sizes: &Sizes, blocks: usize, device: &CudaDevice, stream: &CudaStream) -> Result<Self> {
-        // pairs of words are whole pieces of 16 bytes
-        let widths = [sizes.hidden, sizes.channels, sizes.channels, sizes.selected() + 2, 2 * blocks];
-        let counts = widths.map(|width| (MOST_ROWS * width).next_multiple_of(2));
-        let apart = counts.iter().sum();
-        let mut slice = device.alloc_zeros::<u64>(WORD_COPIES * apart)?;
-        let mut place = pointer_of(&mut slice, stream);
-        let places = counts.map(|count| {
-            let own = place;
-            place += (count * size_of::<u64>()) as u64;
-            own
-        });
-        let mut epoch = device.alloc_zeros::<u32>(2)?;
-        let epoch_pointer = pointer_of(&mut epoch, stream);
-        Ok(Self { slice, epoch, epoch_pointer, places, apart, marks: 0 })
-    }
-
-    /// Room for so many marks more: none comes twice as long as a word may bear it.
-    fn advance(&mut self, marks: usize, stream: &Arc<CudaStream>) -> Result<()> {
-        if self.marks + marks > MOST_MARKS {
-            let fail = |error| crate::backend::cuda::failed("decoder: clearing its words", error);
-            stream.memset_zeros(&mut self.slice).map_err(fail)?;
-            stream.memset_zeros(&mut self.epoch).map_err(fail)?;
-            self.marks = 0;
-        }
-        self.marks += marks;
-        Ok(())
-    }
-}
-
-impl Drafts {
-    fn new(
-        sizes: &Sizes,
-        dtype: DType,
-        layers: usize,
-        device: &CudaDevice,
-        stream: &CudaStream,
-    ) -> Result<Self> {
-        let room = |width: usize| {
-            Room::zeros(device, stream, (MOST_ROWS * width * dtype.size_in_bytes()).div_ceil(4))
-        };
-        let layer = |_| -> Result<[Room; 4]> {
-            Ok([room(sizes.channels)?, room(sizes.channels)?, room(sizes.selected())?, room(sizes.channels)?])
-        };
-        let rooms: Vec<[Room; 4]> = (0..layers).map(layer).collect::<Result<_>>()?;
-        let draft = |[x, u, selected, delta]: &[Room; 4]| kernels::Draft {
-            x: x.pointer,
-            u: u.pointer,
-            selected: selected.pointer,
-            delta: delta.pointer,
-        };
-        let table: Vec<kernels::Draft> = rooms.iter().map(draft).collect();
-        let mut table = program::to_device(&table, device)?;
-        let pointer = pointer_of(&mut table, stream);
-        Ok(Self { _rooms: rooms, _table: table, pointer })
+        f.debug_struct("Fused").field("layers", &self.family.layers()).finish_non_exhaustive()
     }
 }
 
 impl Fused {
     /// A pool of fresh states; none if the model is not one of those the kernel takes, or the device has no room.
     pub(super) fn new(model: &LanguageModel, slots: usize) -> Result<Option<Self>> {
-        let Some((weights, device)) = Weights::new(model)? else { return Ok(None) };
+        let Some((common, device)) = Common::new(model)? else { return Ok(None) };
+        let Some(family) = blocks::blocks(model)? else { return Ok(None) };
         let stream = device.cuda_stream();
-        let sizes = weights.sizes;
         let zeros = |numbers| Room::zeros(&device, &stream, numbers);
-        let pool = |_| {
-            Ok(Pool {
-                window: zeros(slots * sizes.channels * (sizes.filter - 1))?,
-                state: zeros(slots * sizes.channels * sizes.states)?,
-            })
-        };
-        let pool: Vec<Pool> = (0..weights.layers.len()).map(pool).collect::<Result<_>>()?;
+        let rooms = |_| family.states().into_iter().map(|size| zeros(slots * size)).collect();
+        let pool: Vec<Vec<Room>> = (0..family.layers()).map(rooms).collect::<Result<_>>()?;
         let blocks = multiprocessors(&device)?;
-        let words = Words::new(&sizes, blocks, &device, &stream)?;
-        let Some(program) = Program::new(&weights, &pool, &words.places, blocks, &device)? else {
-            return Ok(None);
-        };
+        let words = Words::new(&common, &*family, blocks, &device, &stream)?;
+        let program = Program::new(&common, &*family, &pool, &words.own, blocks, &device)?;
+        let Some(program) = program else { return Ok(None) };
         let mut io = device.alloc_zeros::<u32>(CHOSEN + MOST_ROWS)?;
+        let io_pointer = pointer_of(&mut io, &stream);
+        let place = |place: usize| io_pointer + (place * size_of::<u32>()) as u64;
         Ok(Some(Self {
-            io_pointer: pointer_of(&mut io, &stream),
+            io_places: Io {
+                ids: place(IDS),
+                slots: place(SLOTS),
+                positions: place(POSITIONS),
+                counts: place(COUNTS),
+                chosen: place(CHOSEN),
+            },
             io,
-            logits: zeros(MOST_ROWS * sizes.vocabulary)?,
+            logits: zeros(MOST_ROWS * common.vocabulary)?,
             program,
             words,
             drafts: None,
             graphs: HashMap::new(),
             device,
             stream,
-            weights,
+            common,
+            family,
             pool,
         }))
     }
@@ -211,23 +128,17 @@ impl Fused {
         self.program.most_rows()
     }
 
-    /// Logits `[B, T, V]`.
-    pub(super) fn run(
-        &mut self,
-        slots: &[Option<usize>],
-        ids: &[u32],
-        tokens: usize,
-        keep: bool,
-    ) -> Result<Tensor> {
+    /// Logits `[B, T, V]`; rows are slots and the tokens that each has had.
+    pub(super) fn run(&mut self, rows: &[Row], ids: &[u32], tokens: usize, keep: bool) -> Result<Tensor> {
         let most = self.most_rows();
         if tokens > most || (!keep && ids.len() > most) {
-            return self.in_turns(slots, ids, tokens, keep);
+            return self.in_turns(rows, ids, tokens, keep);
         }
         let group = most / tokens;
         let mut parts = vec![];
-        for (slots, ids) in slots.chunks(group).zip(ids.chunks(group * tokens)) {
-            self.launch(slots, ids, Shape { sequences: slots.len(), tokens, keep, greedy: false })?;
-            parts.push(self.logits(slots.len(), tokens)?);
+        for (rows, ids) in rows.chunks(group).zip(ids.chunks(group * tokens)) {
+            self.launch(rows, ids, Shape { sequences: rows.len(), tokens, keep, greedy: false })?;
+            parts.push(self.logits(rows.len(), tokens)?);
         }
         match <[Tensor; 1]>::try_from(parts) {
             Ok([part]) => Ok(part),
@@ -236,13 +147,7 @@ impl Fused {
     }
 
     /// More tokens a row than the kernels take at once.
-    fn in_turns(
-        &mut self,
-        slots: &[Option<usize>],
-        ids: &[u32],
-        tokens: usize,
-        keep: bool,
-    ) -> Result<Tensor> {
+    fn in_turns(&mut self, rows: &[Row], ids: &[u32], tokens: usize, keep: bool) -> Result<Tensor> {
         let most = self.most_rows();
         if !keep {
             let expected = format!("a draft of at most {most} tokens in all rows");
@@ -252,35 +157,36 @@ impl Fused {
         for start in (0..tokens).step_by(most) {
             let end = tokens.min(start + most);
             let part = |row: usize| &ids[row * tokens + start..row * tokens + end];
-            let part: Vec<u32> = (0..slots.len()).flat_map(part).copied().collect();
-            parts.push(self.run(slots, &part, end - start, true)?);
+            let part: Vec<u32> = (0..rows.len()).flat_map(part).copied().collect();
+            let later: Vec<Row> = rows.iter().map(|&(slot, position)| (slot, position + start)).collect();
+            parts.push(self.run(&later, &part, end - start, true)?);
         }
         Ok(Tensor::cat(&parts, 1)?)
     }
 
     /// The most probable token after one token a row; `u32::MAX` where a logit is no number.
-    pub(super) fn greedy(&mut self, slots: &[Option<usize>], ids: &[u32]) -> Result<Vec<u32>> {
-        self.launch(slots, ids, Shape { sequences: slots.len(), tokens: 1, keep: true, greedy: true })?;
-        let chosen = self.io.slice(CHOSEN..CHOSEN + slots.len());
+    pub(super) fn greedy(&mut self, rows: &[Row], ids: &[u32]) -> Result<Vec<u32>> {
+        self.launch(rows, ids, Shape { sequences: rows.len(), tokens: 1, keep: true, greedy: true })?;
+        let chosen = self.io.slice(CHOSEN..CHOSEN + rows.len());
         Ok(self.device.clone_dtoh(&chosen)?)
     }
 
     /// The states of the last draft's rows move behind their first `counts` tokens.
-    pub(super) fn accept(&mut self, slots: &[Option<usize>], counts: &[usize], tokens: usize) -> Result<()> {
-        let counts: Vec<u32> = counts.iter().map(|&count| count as u32).collect();
-        self.write(COUNTS, &counts)?;
-        self.enqueue_accept(slots.len(), tokens)
+    pub(super) fn accept(&mut self, counts: &[usize], tokens: usize) -> Result<()> {
+        let numbers: Vec<u32> = counts.iter().map(|&count| count as u32).collect();
+        self.write(COUNTS, &numbers)?;
+        if self.drafts.is_none() {
+            return Ok(());
+        }
+        self.family.accept(&self.kernels(), &self.places(), counts.len(), tokens)
     }
 
     /// Puts a batch of one into a slot.
     pub(super) fn set(&mut self, slot: usize, state: &ModelState) -> Result<()> {
-        for (pool, block) in self.pool.iter_mut().zip(&state.blocks) {
-            let MixerState::Mamba(own) = block else {
-                return Err(Error::value("decoder: state", "one of Mamba blocks", block.mixer()));
-            };
-            for (room, tensor) in [(&mut pool.window, &own.conv), (&mut pool.state, &own.scan)] {
+        for (rooms, block) in self.pool.iter_mut().zip(&state.blocks) {
+            for (room, tensor) in rooms.iter_mut().zip(self.family.to_pool(block)?) {
                 let size = tensor.elem_count();
-                let tensor = tensor.to_dtype(DType::F32)?.force_contiguous()?;
+                let tensor = tensor.force_contiguous()?;
                 let (storage, _) = tensor.storage_and_layout();
                 let candle_core::Storage::Cuda(storage) = &*storage else {
                     return Err(Error::value("decoder: state", "one on the model's device", "another"));
@@ -294,23 +200,19 @@ impl Fused {
 
     /// Fills `state`, a batch of one, from a slot.
     pub(super) fn get(&self, slot: usize, state: &mut ModelState) -> Result<()> {
-        for (pool, block) in self.pool.iter().zip(&mut state.blocks) {
-            let MixerState::Mamba(own) = block else {
-                return Err(Error::value("decoder: state", "one of Mamba blocks", block.mixer()));
-            };
-            for (room, tensor) in [(&pool.window, &mut own.conv), (&pool.state, &mut own.scan)] {
-                let size = tensor.elem_count();
-                *tensor = self.copy(&room.slice, slot * size, size, DType::F32)?.reshape(tensor.shape())?;
-            }
+        for (rooms, block) in self.pool.iter().zip(&mut state.blocks) {
+            let copy = |(room, size): (&Room, usize)| self.copy(&room.slice, slot * size, size, DType::F32);
+            let parts = rooms.iter().zip(self.family.states()).map(copy).collect::<Result<Vec<_>>>()?;
+            self.family.restore(parts, block)?;
         }
         Ok(())
     }
 
     /// The logits of the last call, copied.
     fn logits(&self, sequences: usize, tokens: usize) -> Result<Tensor> {
-        let count = sequences * tokens * self.weights.sizes.vocabulary;
-        let logits = self.copy(&self.logits.slice, 0, count, self.weights.dtype)?;
-        Ok(logits.reshape((sequences, tokens, self.weights.sizes.vocabulary))?)
+        let count = sequences * tokens * self.common.vocabulary;
+        let logits = self.copy(&self.logits.slice, 0, count, self.common.dtype)?;
+        Ok(logits.reshape((sequences, tokens, self.common.vocabulary))?)
     }
 
     /// `count` elements of `dtype` from element `start` of a room, as a tensor.
@@ -338,18 +240,70 @@ impl Fused {
         Ok(self.device.memcpy_htod(numbers, &mut place)?)
     }
 
+    fn kernels(&self) -> Kernels<'_> {
+        Kernels { device: &self.device, dtype: self.common.dtype, multiprocessors: self.program.blocks }
+    }
+
+    fn places(&self) -> Places<'_> {
+        Places {
+            words: &self.words.own,
+            drafts: self.drafts.as_ref().map_or(0, |drafts| drafts.pointer),
+            phases: self.program.pointers[0],
+            io: self.io_places,
+        }
+    }
+
+    /// Puts a step into the stream.
+    fn enqueue(&self, shape: Shape) -> Result<()> {
+        let (common, rows) = (&self.common, shape.sequences * shape.tokens);
+        let Some(layout) = self.program.layout(rows) else {
+            return Err(Error::value("decoder: rows", format!("at most {}", self.most_rows()), rows));
+        };
+        let [phases, weights, shapes] = self.program.pointers;
+        let step = Step {
+            phases,
+            weights,
+            shapes,
+            count: self.program.phases() as i32,
+            shape_count: self.program.shapes() as i32,
+            rows: rows as i32,
+            tokens: shape.tokens as i32,
+            keep: shape.keep as i32,
+            hidden: common.hidden as i32,
+            vocabulary: common.vocabulary as i32,
+            wide: common.wide as i32,
+            embedding_scale: common.embedding_scale,
+            ids: self.io_places.ids,
+            slots: self.io_places.slots,
+            embedding: common.embedding.pointer,
+            logits: self.logits.pointer,
+            chosen: if shape.greedy { self.io_places.chosen } else { 0 },
+            stream: self.words.stream,
+            best: self.words.best,
+            apart: self.words.apart as i32,
+            epoch: self.words.epoch_pointer,
+            own_hidden: layout.own_hidden as i32,
+            sums_bytes: layout.sums_bytes as i32,
+            x_bytes: layout.x_bytes as i32,
+            ring_slots: layout.ring_slots as i32,
+            slot_groups: layout.slot_groups as i32,
+            ..Step::default()
+        };
+        self.family.step(&self.kernels(), step, layout, &self.places())
+    }
+
     /// One step of at most [`MOST_ROWS`] rows: launched, recorded or replayed.
-    fn launch(&mut self, slots: &[Option<usize>], ids: &[u32], shape: Shape) -> Result<()> {
-        let mut io = [IDLE; SLOTS + MOST_ROWS];
+    fn launch(&mut self, rows: &[Row], ids: &[u32], shape: Shape) -> Result<()> {
+        let mut io = [IDLE; COUNTS];
         io[IDS..ids.len()].copy_from_slice(ids);
-        for (to, slot) in io[SLOTS..].iter_mut().zip(slots) {
-            *to = slot.map_or(IDLE, |slot| slot as u32);
+        for (i, &(slot, position)) in rows.iter().enumerate() {
+            io[SLOTS + i] = slot.map_or(IDLE, |slot| slot as u32);
+            io[POSITIONS + i] = position as u32;
         }
         self.write(IDS, &io)?;
         self.words.advance(self.program.phases(), &self.stream)?;
         if !shape.keep && self.drafts.is_none() {
-            let (sizes, dtype, layers) = (&self.weights.sizes, self.weights.dtype, self.weights.layers.len());
-            self.drafts = Some(Drafts::new(sizes, dtype, layers, &self.device, &self.stream)?);
+            self.drafts = Some(Drafts::new(&self.common, &*self.family, &self.device, &self.stream)?);
         }
         let what = "decoder: a step";
         match self.graphs.get(&shape) {

@@ -1,15 +1,14 @@
 // Moves the states of a draft's rows behind those of its tokens that are accepted, in all layers at once: windows of the
-// convolutions and states of the recurrences, by the numbers that decode_step left.
+// convolutions and states of the recurrences, by the numbers that decode_mamba.cu left.
 //
 // Grid (channels over blocks, sequences, layers), 128 threads: four numbers of a channel's state a thread, the window with
 // the first four. Bytes: states read and written; accepting none of the tokens of a sequence touches nothing.
-#include "common/decode_phases.cuh"
+#include "common/decode_mamba.cuh"
 
 constexpr int BLOCK = 128;
-constexpr int NUMBERS = 4;
 
 struct Accept {
-    const Phase *phases;       // of the step, MIX and STATE of a layer being the first and the third of `each`
+    const MambaPhase *phases;       // of the step, MIX and STATE of a layer being the first and the third of `each`
     const Draft *drafts;       // of each layer
     const int *slots, *counts; // [R / T]
     int each, tokens, channels, states, rank, filter;
@@ -21,7 +20,7 @@ template <typename E> __device__ void accept(const Accept &p) {
     int slot = p.slots[sequence], count = min(p.tokens, p.counts[sequence]);
     if (channel >= p.channels || slot < 0 || count <= 0) return;
     const Draft &draft = p.drafts[blockIdx.z];
-    const Phase &mix = p.phases[blockIdx.z * p.each], &state = p.phases[blockIdx.z * p.each + 2];
+    const MambaPhase &mix = p.phases[blockIdx.z * p.each], &state = p.phases[blockIdx.z * p.each + 2];
     auto at = [&](const void *from, int t, int width, int i) {
         return widen(static_cast<const E *>(from)[int64_t(sequence * p.tokens + t) * width + i]);
     };
@@ -49,7 +48,7 @@ template <typename E> __device__ void accept(const Accept &p) {
 }
 
 #define KERNEL(E)                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(BLOCK) decode_accept_##E(const __grid_constant__ Accept p) { accept<E>(p); }
+    extern "C" __global__ void __launch_bounds__(BLOCK) decode_mamba_accept_##E(const __grid_constant__ Accept p) { accept<E>(p); }
 KERNEL(float)
 KERNEL(bf16)
 KERNEL(f16)

@@ -1,0 +1,220 @@
+// The loop over a step's phases, for models of any family F of blocks (decode_mamba.cuh, decode_retnet.cuh), and the phases
+// that all of them have.
+//
+// A family is a Block with
+//   Phase, Step       its own, with what it adds
+//   Ahead             what a thread loads before its phase's inputs are there
+//   takes_norm(kind)  whether a phase's inputs are the norm of the stream
+//   is_for_all(kind)  whether blocks without outputs take the inputs too, for the next phase
+//   is_whole(kind)    whether a phase does its own work behind its products, all of which it then has at once
+//   make_rooms        its rooms in shared memory
+//   begin, prepare    loads for a phase, for a task of it
+//   take              its inputs, in shared memory: where they lie, and how far apart its rows are
+//   products          with the weights
+//   finish, end       what becomes of a task's products, and of a phase's
+//   Source            copies a phase's weights for two warps
+//   hints             brings close what a phase reads beside its weights
+#pragma once
+#include "decode_phases.cuh"
+
+constexpr int NEAR = 4; // phases at hand: the next one, and two that warps may be apart
+constexpr int MOST_SHAPES = 8;
+
+// The largest logit, of equals the first; infinity at NONE stays.
+struct Best {
+    float value = -INFINITY;
+    unsigned place = NONE;
+
+    __device__ void merge(float x, unsigned i) {
+        bool first = value == INFINITY ? i == NONE : i < place;
+        if (x > value || (x == value && first)) value = x, place = i;
+    }
+    __device__ void over_warp() {
+#pragma unroll 1
+        for (int step = LANES / 2; step > 0; step /= 2)
+            merge(__shfl_xor_sync(~0u, value, step), __shfl_xor_sync(~0u, place, step));
+    }
+};
+
+// The most probable token of every row, the lowest id of equals; NONE if a logit is NaN or infinity. The block's own logits
+// are there.
+template <typename E> __device__ void choose(const Step &p, const Share &share, uint32_t mark) {
+    int row = warp_of(), lane = lane_of();
+    if (row >= p.rows) return;
+    const E *logits = static_cast<const E *>(p.logits) + int64_t(row) * p.vocabulary + share.first;
+    Best best;
+#pragma unroll 1
+    for (int i = lane; i < share.count; i += LANES) {
+        float x = widen(logits[i]);
+        bool bad = !(x < INFINITY);
+        best.merge(bad ? INFINITY : x, bad ? NONE : share.first + i);
+    }
+    best.over_warp();
+    Word *to = p.best + (int64_t(blockIdx.x) * MOST_ROWS + row) * 2;
+    if (lane < 2) p.copies.publish(to + lane, lane ? best.place : __float_as_uint(best.value), mark);
+    if (blockIdx.x > 0) return;
+    best = Best();
+#pragma unroll 1
+    for (int block = lane; block < gridDim.x; block += LANES) {
+        Words w;
+        do w = peek_two(p.best + (int64_t(block) * MOST_ROWS + row) * 2);
+        while (mark_of(w.at[0]) != mark || mark_of(w.at[1]) != mark);
+        best.merge(__uint_as_float(uint32_t(w.at[0])), uint32_t(w.at[1]));
+    }
+    best.over_warp();
+    if (lane == 0) p.chosen[row] = best.place;
+}
+
+// ADD: a projection's outputs, onto the stream.
+template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task &task) {
+    const Step &p = b.p;
+    if (!task.live) return;
+#pragma unroll 1
+    for (int t = 0; t < b.tokens(); ++t) {
+        float *own = b.own_stream + (task.row + t) * p.own_hidden + task.own;
+        float sum = *own + widen(narrow<E>(task.value(share, t)));
+        if (!p.wide) sum = widen(narrow<E>(sum));
+        p.copies.publish(p.stream + (task.row + t) * p.hidden + task.output, __float_as_uint(sum), b.mark);
+        *own = sum;
+    }
+}
+// HEAD: logits.
+template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const Share &share, const Task &task) {
+    const Step &p = b.p;
+    if (!task.live) return;
+#pragma unroll 1
+    for (int t = 0; t < b.tokens(); ++t)
+        static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
+}
+
+// Copies weights for two warps, and brings close what else will be needed.
+template <typename F>
+__device__ void copy(const typename F::Step &p, const Weights *weights, const Share *shares, uint32_t slots, uint32_t flags,
+                     int warp) {
+    using Phase = typename F::Phase;
+    typename F::Source source(p);
+    Ring one(slots, flags, p.ring_slots, p.slot_bytes(), warp), other(slots, flags, p.ring_slots, p.slot_bytes(), warp + COPIERS);
+#pragma unroll 1
+    for (int i = 1 - F::LAYER; i < p.count; ++i) {
+        int later = i + F::LAYER;
+        if (later < p.count)
+            for (int part = warp; part < F::HINTS; part += COPIERS)
+                F::hints(p, static_cast<const Phase *>(p.phases)[later], shares[weights[later].shape], part);
+        if (i < 0) continue;
+        Share share = Share::load(shares[weights[i].shape]);
+        if (share.count > 0 && warp < share.warps) source.copy(one, other, weights[i], share, warp);
+    }
+    wait_copies<0>();
+}
+
+template <typename F> __device__ void run(const typename F::Step &p) {
+    using Phase = typename F::Phase;
+    using E = typename F::Element;
+    extern __shared__ __align__(128) char bytes[];
+    __shared__ float row_sums[2][WARPS][MOST_ROWS];
+    __shared__ Phase phases[NEAR];
+    __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
+    __shared__ uint64_t flag_words[Ring::FLAGS];
+    Share *shares = reinterpret_cast<Share *>(share_bytes);
+    char *free = bytes + p.ring_slots * WARPS * p.slot_bytes();
+    auto room = [&](int size) {
+        char *own = free;
+        free += (size + 15) / 16 * 16;
+        return own;
+    };
+    int warp = warp_of();
+    uint32_t slots = shared_address(bytes), flags = shared_address(flag_words);
+    Weights *weights = reinterpret_cast<Weights *>(room(p.count * sizeof(Weights)));
+    const uint4 *all_weights = reinterpret_cast<const uint4 *>(p.weights);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.count; i += blockDim.x) reinterpret_cast<uint4 *>(weights)[i] = all_weights[i];
+    if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x], p.slot_groups);
+    static_assert(Ring::FLAGS <= THREADS, "a thread each");
+    if (threadIdx.x < Ring::FLAGS)
+        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : LANES);
+    // phases near the current one lie in shared memory, a lane's eight bytes each
+    constexpr int PIECES = sizeof(Phase) / 8;
+    static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
+    auto load_phase = [&](int i) {
+        const Phase *all = static_cast<const Phase *>(p.phases);
+        return threadIdx.x < PIECES && i < p.count ? reinterpret_cast<const uint64_t *>(all + i)[threadIdx.x] : 0;
+    };
+    auto keep_phase = [&](int i, uint64_t piece) {
+        if (threadIdx.x < PIECES) reinterpret_cast<uint64_t *>(&phases[i % NEAR])[threadIdx.x] = piece;
+    };
+    keep_phase(0, load_phase(0));
+    uint32_t mark = *reinterpret_cast<volatile unsigned *>(p.epoch);
+    __syncthreads();
+    if (warp >= WARPS) return copy<F>(p, weights, shares, slots, flags, warp - WARPS);
+
+    Ring ring(slots, flags, p.ring_slots, p.slot_bytes(), warp);
+    F f(p, row_sums, mark);
+    f.all_x = room(WARPS * p.x_bytes), f.x = f.all_x + warp * p.x_bytes;
+    float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
+    f.own_stream = reinterpret_cast<float *>(room(f.rows() * p.own_hidden * sizeof(float)));
+    f.make_rooms(room);
+    int most_tiles = p.sums_bytes / (WARPS * f.rows() * TILE * int(sizeof(float))), round = 0;
+    int sequences = f.sequences();
+#pragma unroll 1
+    for (int i = 0; i < p.count; ++i) {
+        const Phase &phase = phases[i % NEAR];
+        Share share = Share::load(shares[weights[i].shape]);
+        int kind = phase.kind;
+        uint64_t later = load_phase(i + 1);
+        ++f.mark;
+        if (share.count > 0 || F::is_for_all(kind)) {
+            typename F::Ahead ahead;
+            int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
+            Task task;
+            f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
+            f.begin(phase, share, ahead);
+            if (phase.first) f.begin_stream(share);
+            auto find = [&](int n, int first, int last) {
+                task = Task(f, phase, share, n, first, last);
+                f.prepare(phase, share, task, ahead);
+            };
+            if (!F::is_whole(kind) && warp * LANES < tasks) find(threadIdx.x, 0, tiles);
+            if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
+            Input input = f.take(phase, share);
+            // as many tiles at a time as there is room for
+            int first = 0;
+#pragma unroll 1
+            do {
+                tiles = min(most_tiles, share.all_tiles - first);
+                f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
+                round ^= 1;
+                if (warp < share.warps) f.products(ring, phase, share, input, tiles);
+                keep_phase(i + 1, later);
+                meet();
+                if (F::is_whole(kind)) break;
+                tasks = tiles * sequences * TILE;
+#pragma unroll 1
+                for (int n = threadIdx.x; n - lane_of() < tasks; n += THREADS) {
+                    if (n >= THREADS || first > 0) find(n, first, first + tiles);
+                    f.finish(phase, share, task, ahead);
+                }
+            } while ((first += most_tiles) < share.all_tiles);
+            f.end(phase, share, ahead);
+        } else {
+            keep_phase(i + 1, later);
+            meet();
+        }
+    }
+    if (p.chosen) {
+        meet();
+        choose<E>(p, Share::load(shares[weights[p.count - 1].shape]), f.mark);
+    }
+    if (threadIdx.x > 0) return;
+    // the last block leaves the next step's mark
+    if (atomicAdd(p.epoch + 1, 1u) + 1 < gridDim.x) return;
+    p.epoch[1] = 0;
+    p.epoch[0] = f.mark;
+}
+
+#define DECODE_KERNEL(NAME, FAMILY, E, ROWS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS + COPIERS * LANES, 1)                                         \
+        NAME##_##E##_##ROWS(const __grid_constant__ FAMILY<E, (ROWS > 1)>::Step p) { run<FAMILY<E, (ROWS > 1)>>(p); }
+#define DECODE_KERNELS(NAME, FAMILY)                                                                                   \
+    DECODE_KERNEL(NAME, FAMILY, float, 1) DECODE_KERNEL(NAME, FAMILY, float, 8)                                        \
+    DECODE_KERNEL(NAME, FAMILY, bf16, 1) DECODE_KERNEL(NAME, FAMILY, bf16, 8)                                          \
+    DECODE_KERNEL(NAME, FAMILY, f16, 1) DECODE_KERNEL(NAME, FAMILY, f16, 8)
