@@ -75,9 +75,11 @@ def time_ours(bench, operator, dtypes):
         chosen = [name for name in MODELS if not SELECTED or name in SELECTED]
         only = f"^({'|'.join(map(re.escape, chosen))})/(decode|prefill-{PROMPT})/({'|'.join(dtypes)})/"
     arguments = [bench, "--bench", "--quick", "--noplot", "--color", "never", only]
-    text = subprocess.run(arguments, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(arguments, cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:  # what was measured before still counts
+        print(f"{operator}: the benchmarks failed: {done.stderr.strip()[:600]}", file=sys.stderr)
     times, key = {}, None
-    for line in text.splitlines():
+    for line in done.stdout.splitlines():
         name = re.match(r"^([^/\s]+)/([^/\s]+)/(\w+)/(\w+)", line)
         key = name.groups() if name else key
         time = re.search(r"time:\s+\[[\d.]+ \S+ ([\d.]+) (\S+) ", line)
@@ -114,7 +116,9 @@ def floor_of(operator, name, dtype, what, rates):
 
 def floor_of_model(ours, model, what, dtype, rates):
     """Of a token decoded, the time to read the weights, ms; of a prompt, that of its products with them."""
-    weights = ours[model, "decode", dtype, "step"][1]
+    weights = ours.get((model, "decode", dtype, "step"), (None, None))[1]
+    if weights is None:
+        return None
     if what == "decode":
         return rates.copy(weights)
     return rates.products(PROMPT * (weights / 2 - VOCABULARY * MODELS[model]))

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use criterion::{Criterion, Throughput};
 use std::collections::HashMap;
-use subquadratic::models::{Decoder, LanguageModel, MixerConfig, ModelConfig};
+use subquadratic::models::{Decoder, Family, LanguageModel, MixerConfig, ModelConfig};
 use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 use subquadratic::{Result, peak_bytes};
 
@@ -73,11 +73,10 @@ fn hybrid(width: usize) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Random weights; on a GPU they are drawn there.
+/// Random weights, drawn on the device.
 fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<LanguageModel> {
-    if device.is_cpu() {
-        return LanguageModel::init(config, 0, dtype, device)?.frozen();
-    }
+    // under this crate's own names, whatever the family
+    let config = ModelConfig { family: Family::Hybrid, ..config.clone() };
     let mut tensors = HashMap::new();
     for parameter in config.parameters() {
         let (name, shape) = (parameter.name, parameter.shape);
@@ -88,7 +87,7 @@ fn random(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Languag
         };
         tensors.insert(name, if parameter.wide { tensor } else { tensor.to_dtype(dtype)? });
     }
-    LanguageModel::new(config, VarBuilder::from_tensors(tensors, dtype, device))
+    LanguageModel::new(&config, VarBuilder::from_tensors(tensors, dtype, device))
 }
 
 /// Says the most memory in use so far, so that what takes least of it runs first.
