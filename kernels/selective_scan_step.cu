@@ -6,8 +6,8 @@
 // shared memory. The lanes of a channel share its inputs, which are few. The usual call, one token in whole vectors, has a
 // kernel of its own, which takes half the registers.
 //
-// Bytes: the state, read and written once (8 B D N); all else is small. Floor 0.118 ms at B 512, D 5120, N 16 (0.180 measured)
-// on an H100.
+// Bytes: the state, read and written once (8 B D N); all else is small. On an H200, D 5120, N 16, bf16, in a graph: B 512
+// 0.108 ms, 78 % of the rate of a copy; B 64 0.0133, 78 %; B 1 0.0018.
 #include "common/scan.cuh"
 
 constexpr int NUMBERS = 4;
