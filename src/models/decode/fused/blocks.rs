@@ -1,11 +1,9 @@
 //! What tells families of blocks apart.
 
-use super::super::super::{LanguageModel, MixerState};
+use super::super::super::MixerState;
 use super::Io;
 use super::kernels::{Shape, Step};
 use super::layout::{Layout, Needs, Split};
-use super::mamba::Mamba;
-use super::retnet::RetNet;
 use super::rooms::Room;
 use super::weights::Common;
 use crate::Result;
@@ -52,14 +50,6 @@ pub(super) trait Blocks {
     fn step(&self, kernels: &Kernels, step: Step, layout: &Layout, places: &Places) -> Result<()>;
     /// Moves the states behind the counted tokens of the last draft of so many sequences.
     fn accept(&self, kernels: &Kernels, places: &Places, sequences: usize, tokens: usize) -> Result<()>;
-}
-
-/// The blocks of a model that the kernels take; none if it is another.
-pub(super) fn blocks(model: &LanguageModel) -> Result<Option<Box<dyn Blocks>>> {
-    if let Some(mamba) = Mamba::new(model)? {
-        return Ok(Some(Box::new(mamba)));
-    }
-    Ok(RetNet::new(model)?.map(|retnet| Box::new(retnet) as Box<dyn Blocks>))
 }
 
 /// Launches kernels.

@@ -22,7 +22,9 @@ use blocks::{Blocks, Kernels, Places};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, DType, Tensor};
 use kernels::Step;
+use mamba::Mamba;
 use program::Program;
+use retnet::RetNet;
 use rooms::{Drafts, Room, Words, pointer_of};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -85,17 +87,26 @@ impl std::fmt::Debug for Fused {
     }
 }
 
+/// The blocks of a model that the kernels take; none if it is another.
+fn blocks(model: &LanguageModel) -> Result<Option<Box<dyn Blocks>>> {
+    if let Some(mamba) = Mamba::new(model)? {
+        return Ok(Some(Box::new(mamba)));
+    }
+    Ok(RetNet::new(model)?.map(|retnet| Box::new(retnet) as Box<dyn Blocks>))
+}
+
 impl Fused {
     /// A pool of fresh states; none if the model is not one of those the kernel takes, or the device has no room.
     pub(super) fn new(model: &LanguageModel, slots: usize) -> Result<Option<Self>> {
         let Some((common, device)) = Common::new(model)? else { return Ok(None) };
-        let Some(family) = blocks::blocks(model)? else { return Ok(None) };
+        let Some(family) = blocks(model)? else { return Ok(None) };
         let stream = device.cuda_stream();
         let zeros = |numbers| Room::zeros(&device, &stream, numbers);
         let rooms = |_| family.states().into_iter().map(|size| zeros(slots * size)).collect();
         let pool: Vec<Vec<Room>> = (0..family.layers()).map(rooms).collect::<Result<_>>()?;
         let blocks = multiprocessors(&device)?;
-        let words = Words::new(&common, &*family, blocks, &device, &stream)?;
+        let widths = [vec![common.hidden, 2 * blocks], family.words(blocks)].concat();
+        let words = Words::new(&widths, &device, &stream)?;
         let program = Program::new(&common, &*family, &pool, &words.own, blocks, &device)?;
         let Some(program) = program else { return Ok(None) };
         let mut io = device.alloc_zeros::<u32>(CHOSEN + MOST_ROWS)?;
@@ -303,7 +314,9 @@ impl Fused {
         self.write(IDS, &io)?;
         self.words.advance(self.program.phases(), &self.stream)?;
         if !shape.keep && self.drafts.is_none() {
-            self.drafts = Some(Drafts::new(&self.common, &*self.family, &self.device, &self.stream)?);
+            let bytes = self.family.drafts().into_iter().map(|width| width * self.common.element());
+            let (bytes, layers) = (bytes.collect::<Vec<_>>(), self.family.layers());
+            self.drafts = Some(Drafts::new(&bytes, layers, &self.device, &self.stream)?);
         }
         let what = "decoder: a step";
         match self.graphs.get(&shape) {

@@ -1,8 +1,6 @@
 //! Memory of a decoder that stays where it is, so that a step can be recorded once.
 
 use super::MOST_ROWS;
-use super::blocks::Blocks;
-use super::weights::Common;
 use crate::Result;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
@@ -55,18 +53,10 @@ pub(super) fn pointer_of<T>(slice: &mut CudaSlice<T>, stream: &CudaStream) -> u6
 }
 
 impl Words {
-    pub(super) fn new(
-        common: &Common,
-        family: &dyn Blocks,
-        blocks: usize,
-        device: &CudaDevice,
-        stream: &CudaStream,
-    ) -> Result<Self> {
-        let mut widths = vec![common.hidden, 2 * blocks];
-        widths.extend(family.words(blocks));
+    /// Words of a row: of the stream, the best logits, and the family's own.
+    pub(super) fn new(widths: &[usize], device: &CudaDevice, stream: &CudaStream) -> Result<Self> {
         // pairs of words are whole pieces of 16 bytes
-        let counts: Vec<usize> =
-            widths.into_iter().map(|width| (MOST_ROWS * width).next_multiple_of(2)).collect();
+        let counts: Vec<usize> = widths.iter().map(|width| (MOST_ROWS * width).next_multiple_of(2)).collect();
         let apart = counts.iter().sum();
         let mut slice = device.alloc_zeros::<u64>(WORD_COPIES * apart)?;
         let mut place = pointer_of(&mut slice, stream);
@@ -96,17 +86,17 @@ impl Words {
 }
 
 impl Drafts {
+    /// Rooms of so many bytes a row, for each layer.
     pub(super) fn new(
-        common: &Common,
-        family: &dyn Blocks,
+        bytes: &[usize],
+        layers: usize,
         device: &CudaDevice,
         stream: &CudaStream,
     ) -> Result<Self> {
-        let room = |width: usize| {
-            Room::zeros(device, stream, (MOST_ROWS * width * common.element()).div_ceil(size_of::<f32>()))
-        };
-        let layer = |_| family.drafts().into_iter().map(room).collect::<Result<Vec<Room>>>();
-        let rooms: Vec<Vec<Room>> = (0..family.layers()).map(layer).collect::<Result<_>>()?;
+        let room =
+            |bytes: &usize| Room::zeros(device, stream, (MOST_ROWS * bytes).div_ceil(size_of::<f32>()));
+        let layer = |_| bytes.iter().map(room).collect::<Result<Vec<Room>>>();
+        let rooms: Vec<Vec<Room>> = (0..layers).map(layer).collect::<Result<_>>()?;
         let table: Vec<u64> = rooms.iter().flatten().map(|room| room.pointer).collect();
         let mut table = device.clone_htod(&table)?;
         let pointer = pointer_of(&mut table, stream);
