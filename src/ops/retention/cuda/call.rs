@@ -1,7 +1,10 @@
 //! The arguments of the kernels, laid out as `retention.cuh` has them, and their launches.
 
 use super::plan::{Kernel, Plan};
-use crate::backend::cuda::{Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of};
+use crate::backend::cuda::{
+    Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, fits,
+};
+use crate::ops::retention::Sizes;
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, Shape, Storage, Tensor};
@@ -272,6 +275,40 @@ impl<'a> Locks<'a> {
     }
 }
 
+/// The module of walk `name` and its name there.
+fn place_of(name: &str, element: &str, kernel: &Kernel) -> (Module, String) {
+    let module = match (element, kernel.hopper) {
+        ("bf16", false) => Module::RetentionBf16,
+        ("bf16", true) => Module::RetentionHopperBf16,
+        ("f16", false) => Module::RetentionF16,
+        ("f16", true) => Module::RetentionHopperF16,
+        _ => Module::RetentionF32,
+    };
+    let hopper = if kernel.hopper { "_hopper" } else { "" };
+    (module, format!("{name}{hopper}_{element}_{}_{}", kernel.keys, kernel.values))
+}
+
+/// Whether the device has the shared memory that the kernels of a plan ask for, those of gradients if `tracked`.
+pub(super) fn fit(
+    device: &CudaDevice,
+    sizes: &Sizes,
+    plan: &Plan,
+    element: &str,
+    tracked: bool,
+) -> Result<bool> {
+    let both = [(sizes.keys, sizes.values), (sizes.values, sizes.keys)];
+    for (keys, values) in both.into_iter().take(1 + tracked as usize) {
+        let Some(kernel) = Kernel::new(keys, values, plan) else { return Ok(false) };
+        for name in ["retention", "retention_states"] {
+            let (module, name) = place_of(name, element, &kernel);
+            if !fits(device, module, &name)? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
 /// Launches of one call.
 pub(super) struct Launcher<'a> {
     pub(super) what: &'a str,
@@ -285,19 +322,12 @@ impl Launcher<'_> {
         let [batch, _, heads, keys, values] = walk.dims()?;
         let kernel = Kernel::new(keys, values, &walk.decays.plan);
         let kernel = kernel.ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
-        let module = match (E::NAME, kernel.hopper) {
-            ("bf16", false) => Module::RetentionBf16,
-            ("bf16", true) => Module::RetentionHopperBf16,
-            ("f16", false) => Module::RetentionF16,
-            ("f16", true) => Module::RetentionHopperF16,
-            _ => Module::RetentionF32,
-        };
-        let hopper = if kernel.hopper { "_hopper" } else { "" };
+        let (module, kernel_name) = place_of(name, E::NAME, &kernel);
         let launch = Launch {
             what: self.what,
             device: self.device,
             module,
-            kernel: &format!("{name}{hopper}_{}_{}_{}", E::NAME, kernel.keys, kernel.values),
+            kernel: &kernel_name,
             grid: [values.div_ceil(kernel.values), batch * heads, walk.segments()?],
             threads: kernel.threads(),
             dynamic: true,

@@ -25,10 +25,10 @@ pub(super) use pool::Pool;
 
 use super::{Retention, Sizes};
 use crate::Result;
-use crate::backend::cuda::{device_of, is_hopper, multiprocessors, within};
-use candle_core::{DType, Tensor};
+use crate::backend::cuda::{Element, device_of, is_hopper, multiprocessors, within};
+use candle_core::{CudaDevice, DType, Tensor};
 use half::{bf16, f16};
-use plan::Target;
+use plan::{Plan, Target};
 
 /// Retention of checked arguments on CUDA, tracked; `None` where no kernel takes them.
 pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
@@ -39,21 +39,22 @@ pub(super) fn on_cuda(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, 
 fn retained(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> {
     let own = args.q.dtype();
     let sequences = [args.q, args.k, args.v];
-    let mut all = sequences.into_iter().chain([args.log_decay]).chain(args.initial_state);
-    if all.any(|x| x.dtype() == DType::F64) {
+    if all_arguments(args).any(|x| x.dtype() == DType::F64) {
         return Ok(None);
     }
     let learns_decay = args.log_decay.track_op();
     // a decay's gradient is a sum of differences, in which the roundings of few bits would grow
     let alike = sequences.iter().all(|x| x.dtype() == own) && !learns_decay;
-    let sequence = if alike { own } else { DType::F32 };
     let device = device_of(args.q)?;
-    let target = Target {
-        bytes: sequence.size_in_bytes(),
-        multiprocessors: multiprocessors(&device)?,
-        hopper: is_hopper(&device)?,
-    };
-    let Some(plan) = plan::plan(&sizes, target, learns_decay) else {
+    let tracked = all_arguments(args).any(|x| x.track_op());
+    // what asks for more shared memory than the device has goes through f32, which asks for less
+    let mut chosen = None;
+    for sequence in [if alike { own } else { DType::F32 }, DType::F32] {
+        if chosen.is_none() {
+            chosen = laid_out(&device, &sizes, sequence, learns_decay, tracked)?.map(|plan| (sequence, plan));
+        }
+    }
+    let Some((sequence, plan)) = chosen else {
         return Ok(None);
     };
     let initial_state = args.initial_state.map(|state| state.to_dtype(DType::F32)).transpose()?;
@@ -71,4 +72,35 @@ fn retained(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> 
         _ => grad::recorded::<f32>(&unified, sizes, plan)?,
     };
     Ok(Some((o.to_dtype(own)?, state)))
+}
+
+fn all_arguments<'a>(args: &'a Retention) -> impl Iterator<Item = &'a Tensor> {
+    [args.q, args.k, args.v, args.log_decay].into_iter().chain(args.initial_state)
+}
+
+/// A layout whose kernels the device has room for, of wide slices of values or else of narrow ones.
+fn laid_out(
+    device: &CudaDevice,
+    sizes: &Sizes,
+    sequence: DType,
+    learns_decay: bool,
+    tracked: bool,
+) -> Result<Option<Plan>> {
+    let target = Target {
+        bytes: sequence.size_in_bytes(),
+        multiprocessors: multiprocessors(device)?,
+        hopper: is_hopper(device)?,
+    };
+    let element = match sequence {
+        DType::BF16 => bf16::NAME,
+        DType::F16 => f16::NAME,
+        _ => f32::NAME,
+    };
+    let Some(plan) = plan::plan(sizes, target, learns_decay) else { return Ok(None) };
+    for plan in [plan, Plan { narrow: true, ..plan }] {
+        if plan::steps(sizes.length, tracked) || call::fit(device, sizes, &plan, element, tracked)? {
+            return Ok(Some(plan));
+        }
+    }
+    Ok(None)
 }
