@@ -3,6 +3,7 @@
 //! Everything runs on the stream of candle's device, in its order. A tensor's guard is held until the kernel that uses
 //! it is in the stream.
 
+mod device;
 mod element;
 mod graph;
 mod launch;
@@ -10,9 +11,10 @@ mod memory;
 mod module;
 mod view;
 
+pub(crate) use device::{is_hopper, multiprocessors, shared_memory};
 pub(crate) use element::Element;
 pub(crate) use graph::Graph;
-pub(crate) use launch::{Argument, Launch, Packed, is_hopper, multiprocessors, shared_memory};
+pub(crate) use launch::{Argument, Launch, Packed};
 pub(super) use memory::peak_bytes;
 pub(crate) use module::{Module, fits};
 pub(crate) use view::{Buffer, Guards, Held, contiguous, device_of, with_unit_stride};

@@ -1,5 +1,6 @@
 //! The compiled kernels: one module for each .cu, loaded at its first use on a device and kept.
 
+use super::device::shared_memory;
 use super::{failed, memory};
 use crate::Result;
 use candle_core::CudaDevice;
@@ -118,7 +119,7 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str, dynamic: b
             own.get_global(&format!("{name}_memory"), &stream).map_err(|error| failed(name, error))?;
         let bytes = stream.clone_dtoh(&constant).map_err(|error| failed(name, error))?;
         memory = bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-        if memory <= shared_memory(device)? {
+        if memory as usize <= shared_memory(device)? {
             let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(most, memory as i32).map_err(|error| failed(name, error))?;
         }
@@ -130,12 +131,5 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str, dynamic: b
 
 /// Whether a block of a dynamic kernel gets the shared memory it asks for on this device.
 pub(crate) fn fits(device: &CudaDevice, module: Module, name: &str) -> Result<bool> {
-    Ok(kernel(device, module, name, true)?.memory <= shared_memory(device)?)
-}
-
-/// The shared memory that a block may ask for, in bytes.
-fn shared_memory(device: &CudaDevice) -> Result<u32> {
-    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let most = device.cuda_stream().context().attribute(attribute);
-    Ok(most.map_err(|error| failed("the shared memory of a block", error))?.max(0) as u32)
+    Ok(kernel(device, module, name, true)?.memory as usize <= shared_memory(device)?)
 }
