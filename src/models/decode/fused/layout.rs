@@ -198,7 +198,7 @@ mod tests {
         let slots = |hidden, rows, element| slots(hidden, rows, element, 132, 227 << 10);
         // long parts of rows in few slots, or short ones in many
         assert_eq!(slots(2048, 1, 2), Some((5, 9)));
-        assert_eq!(slots(2560, 1, 2), Some((9, 5)));
+        assert_eq!(slots(2560, 1, 2), Some((10, 5)));
         assert!(slots(2560, 8, 2).is_some());
         // f32 activations of eight rows leave no room for weights
         assert_eq!(slots(2560, 8, 4), None);
