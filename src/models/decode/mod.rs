@@ -2,6 +2,13 @@
 
 #[cfg(feature = "cuda")]
 mod fused;
+// What needs no CUDA of it, for its tests where there is none.
+#[cfg(all(test, not(feature = "cuda")))]
+#[allow(dead_code)]
+mod fused {
+    mod kernels;
+    mod layout;
+}
 mod general;
 
 use super::{LanguageModel, ModelState};

@@ -34,6 +34,12 @@ mod composed;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+// What needs no CUDA of it, for its tests where there is none.
+#[cfg(all(test, not(feature = "cuda")))]
+#[allow(dead_code)]
+mod cuda {
+    mod plan;
+}
 mod grad;
 mod plan;
 mod pool;
