@@ -4,7 +4,7 @@
 mod fused;
 // What needs no CUDA of it, for its tests where there is none.
 #[cfg(all(test, not(feature = "cuda")))]
-#[allow(dead_code)]
+#[expect(dead_code, reason = "its callers need CUDA")]
 mod fused {
     mod kernels;
     mod layout;
