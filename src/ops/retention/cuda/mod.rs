@@ -47,13 +47,14 @@ fn retained(args: &Retention, sizes: Sizes) -> Result<Option<(Tensor, Tensor)>> 
     let alike = sequences.iter().all(|x| x.dtype() == own) && !learns_decay;
     let device = device_of(args.q)?;
     let tracked = all_arguments(args).any(|x| x.track_op());
+    let layout = |sequence| -> Result<_> {
+        Ok(laid_out(&device, &sizes, sequence, learns_decay, tracked)?.map(|plan| (sequence, plan)))
+    };
     // what asks for more shared memory than the device has goes through f32, which asks for less
-    let mut chosen = None;
-    for sequence in [if alike { own } else { DType::F32 }, DType::F32] {
-        if chosen.is_none() {
-            chosen = laid_out(&device, &sizes, sequence, learns_decay, tracked)?.map(|plan| (sequence, plan));
-        }
-    }
+    let chosen = match alike && own != DType::F32 {
+        true => layout(own)?.map_or_else(|| layout(DType::F32), |chosen| Ok(Some(chosen)))?,
+        false => layout(DType::F32)?,
+    };
     let Some((sequence, plan)) = chosen else {
         return Ok(None);
     };
