@@ -24,7 +24,7 @@ from gpu_peers import HERE, NORMS, SELECTED, cuda_shapes, shapes_of
 OPERATORS = ["selective_scan", "selective_state_update", "causal_conv1d", *NORMS, "retention", "retention_step", "training",
              "models"]
 BF16 = ["retention", "training", "models"]  # by default in bf16 alone
-MODELS = {"mamba-130m": 768, "mamba-1.4b": 2048, "mamba-2.8b": 2560, "retnet-1.3b": 2048}  # and their widths
+MODELS = {"mamba-130m": 768, "mamba-1.4b": 2048, "mamba-2.8b": 2560, "retnet-1.3b": 2048, "retnet-1.3b-h32": 2048}  # and their widths
 VOCABULARY, PROMPT = 50280, 8192  # of the models; tokens of the prefill that is compared
 UNITS = {"ns": 1e-6, "µs": 1e-3, "us": 1e-3, "ms": 1.0, "s": 1e3}
 

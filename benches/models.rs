@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use criterion::{Criterion, Throughput};
 use std::collections::HashMap;
+use subquadratic::layers::retention::RetentionConfig;
 use subquadratic::models::{Decoder, Family, LanguageModel, MixerConfig, ModelConfig};
 use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 use subquadratic::{Result, peak_bytes};
@@ -22,10 +23,19 @@ pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
     if !bench.device.is_cpu() {
         model(criterion, bench, "mamba-1.4b", mamba(2048, 48), &[8192, 65536])?;
         model(criterion, bench, "mamba-2.8b", mamba(2560, 64), &[2048])?;
-        model(criterion, bench, "retnet-1.3b", retnet(2048, 24), &[8192, 65536])?;
+        model(criterion, bench, "retnet-1.3b", with_heads(retnet(2048, 24), 8), &[8192, 65536])?;
+        model(criterion, bench, "retnet-1.3b-h32", retnet(2048, 24), &[8192])?;
         training(criterion, bench)?;
     }
     Ok(())
+}
+
+/// A RetNet with so many heads in each layer, like that of `shapes.json`.
+fn with_heads(mut config: ModelConfig, heads: usize) -> ModelConfig {
+    for block in &mut config.blocks {
+        block.mixer = MixerConfig::Retention(RetentionConfig::new(config.hidden_size, heads));
+    }
+    config
 }
 
 /// Whole steps of training a Mamba in bf16 with f32 masters: forward, backward, clipping, AdamW.

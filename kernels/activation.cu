@@ -76,9 +76,9 @@ template <typename E, int W, int KIND> __device__ void backward(const Call &p) {
 
 #define KERNELS(E, W, WIDTH, KIND)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        activation_fwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { forward<E, W, KIND>(p); }              \
+        activation_fwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { take_turn(); forward<E, W, KIND>(p); } \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        activation_bwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { backward<E, W, KIND>(p); }
+        activation_bwd_##E##_##WIDTH##_##KIND(const __grid_constant__ Call p) { take_turn(); backward<E, W, KIND>(p); }
 #define KINDS(E, W, WIDTH)                                                                                             \
     KERNELS(E, W, WIDTH, SILU)                                                                                         \
     KERNELS(E, W, WIDTH, GELU)                                                                                         \

@@ -10,9 +10,10 @@
 // all blocks by causal_conv1d_sum.
 // Tokens are on their way through shared memory (12 of a thread forward, 16 KB a block; 8 backward, 24 KB, in bf16), which
 // registers could not hold. Registers (4 taps): forward 72, 7 blocks a multiprocessor, backward 143, 3 blocks.
-// One H200, K 4, bf16, over more data than its L2 cache holds, share of the speed of a copy of as many bytes in the same run (of
-// a copy of 512 MB, 4.17 TB/s): 130m 0.0326 ms, 82% (74%), 2.8b-8k 0.0905, 90% (89%); backward 0.0577 (63%) and 0.180 (67%).
-// Without SiLU 0.033 and 0.090: arithmetic does not bind. Strips of 16 to 128 tokens are within 5% of each other, and a last
+// One H200 (a copy of 4 GB: 4.27 TB/s), K 4, bf16, calls in a row, each of which begins while the one ahead ends: 130m 0.0294 ms,
+// 80%, 2.8b-8k 0.0877, 90% (one behind the other 0.0319 and 0.0903). Over more data than its L2 cache holds, in a harness, share
+// of the speed of a copy of as many bytes in the same run (of a copy of 512 MB, 4.17 TB/s), one behind the other: 0.0326 ms, 82%
+// (74%), 0.0905, 90% (89%); backward 0.0577 (63%) and 0.180 (67%). Without SiLU 0.033 and 0.090: arithmetic does not bind. Strips of 16 to 128 tokens are within 5% of each other, and a last
 // wave of shorter strips gained nothing. Slower: 16-byte accesses (0.038 and 0.101).
 #include "common/conv.cuh"
 
@@ -269,6 +270,7 @@ template <typename E, int TAPS, int WIDTH> __device__ void backward(const Conv &
 // dweight [D, K] and dbias [D] from `count` shares [K + 1, D], in order. Block: 32 columns, 4 rows that take turns.
 extern "C" __global__ void causal_conv1d_sum(float *dweight, float *dbias, const float *shares, int count, int channels,
                                              int taps) {
+    take_turn();
     __shared__ float sums[4][32];
     int lane = threadIdx.x % 32, turn = threadIdx.x / 32;
     int i = blockIdx.x * 32 + lane, size = (taps + 1) * channels;
@@ -288,9 +290,15 @@ extern "C" __global__ void causal_conv1d_sum(float *dweight, float *dbias, const
 
 #define KERNELS(E, TAPS, WIDTH)                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        causal_conv1d_fwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) { forward<E, TAPS, WIDTH>(p); }       \
+        causal_conv1d_fwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) {                                     \
+        take_turn();                                                                                                   \
+        forward<E, TAPS, WIDTH>(p);                                                                                    \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        causal_conv1d_bwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) { backward<E, TAPS, WIDTH>(p); }
+        causal_conv1d_bwd_##E##_##TAPS##_##WIDTH(const __grid_constant__ Conv p) {                                     \
+        take_turn();                                                                                                   \
+        backward<E, TAPS, WIDTH>(p);                                                                                   \
+    }
 #define WIDTHS(E, TAPS) KERNELS(E, TAPS, 1) KERNELS(E, TAPS, 4)
 #define ELEMENTS(TAPS) WIDTHS(float, TAPS) WIDTHS(bf16, TAPS) WIDTHS(f16, TAPS)
 ELEMENTS(2)

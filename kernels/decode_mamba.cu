@@ -1,20 +1,23 @@
 // A step of decoding of Mamba models as one kernel: a program of phases for up to 8 rows (8 tokens of one sequence, or one of
 // 8, or between).
 //
-// Grid: one block a multiprocessor, all there at once (a cooperative launch), 8 warps that multiply and 4 that copy. Every
-// phase is a product of a few rows with a matrix whose outputs are shared by the blocks, and what follows from it alone.
-// Weights stream past the phases into rings of shared memory (decode_stream.cuh); activations go from block to block as
-// words that say themselves when they are there (decode.cuh).
+// Grid: one block a multiprocessor, all there at once (a cooperative launch), 8 warps that multiply and 4 that copy (on Hopper
+// one is enough, and the others bring close what else will be needed). Every phase is a product of a few rows with a matrix
+// whose outputs are shared by the blocks, and what follows from it alone. Weights stream past the phases into a ring of shared
+// memory, rows as they lie (decode_stream.cuh); activations go from block to block as words that say themselves when they are
+// there (decode.cuh).
 //
 // All phases share one loop (decode_loop.cuh), and so the code of what they have in common: a program that goes in circles
-// has to stay in the instruction cache. Registers: 148 for one row, 168 (all there are, a few spilled) for more. Shared
-// memory: what there is.
+// has to stay in the instruction cache. (With products, norms and sums written out for every kind of phase, 45 KB a layer
+// instead of 34, warps waited for instructions 11 % of the time instead of 4.) Registers: 160 for one row, 168 (all there
+// are) for more. Shared memory: what there is.
 //
-// Bytes: the weights, once; all else is small. On an H200 one row, the kernel alone, takes 0.32 ms in a model of 130m
-// parameters, 0.94 of 1.4b (69 % of what its weights take at the rate of a copy, 4.2 TB/s), 1.87 of 2.8b (70 %); eight rows
-// of 2.8b 4.5 ms. What limits: a phase costs 2 us beside its weights (130m), half of it the way of the words, half
-// instructions one after the other; three phases of a layer have too few weights to hide that behind; with many rows the
-// words themselves, eight bytes for four, read by every block.
+// Bytes: the weights, once; all else is small. On an H200 (a copy: 4.27 TB/s) one row takes 0.267 ms in a model of 130m
+// parameters, 0.91 of 1.4b (71 % of what its weights take at the rate of a copy), 1.78 of 2.8b (73 %), the kernel alone. What
+// limits: a phase costs 2 us beside its weights (130m), a third of it the way of the words, the rest instructions one after
+// the other; three phases of a layer have too few weights to hide that behind, and a ring is full after 5 us. Slower: rings
+// of the warps' own (0.283, 0.90, 1.77: bulk copies of 320 bytes come at one in 33 cycles, four warps that copy 16 bytes a lane
+// take issue slots), two pieces of a row at once (0.281, 0.94, 1.81).
 #include "common/decode_mamba.cuh"
 
 DECODE_KERNELS(decode_mamba, Mamba)

@@ -36,6 +36,7 @@ template <typename E> __device__ void accept(const Accept &p) {
 
 #define KERNEL(E)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(BLOCK) decode_retnet_accept_##E(const __grid_constant__ Accept p) {   \
+        take_turn();                                                                                                   \
         accept<E>(p);                                                                                                  \
     }
 KERNEL(float)

@@ -34,6 +34,7 @@ template <typename E, typename Sum> __device__ void embedding_grad(const Embeddi
 
 #define KERNEL(E, Sum)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS) embedding_grad_##E(const __grid_constant__ Embedding p) {    \
+        take_turn();                                                                                                   \
         embedding_grad<E, Sum>(p);                                                                                     \
     }
 KERNEL(float, float)

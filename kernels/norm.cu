@@ -196,6 +196,7 @@ __device__ void Team<E, R, WIDTH, ITEMS, TEAM>::share(const float (&own)[COUNT],
 
 // out[i] = the sum of `count` shares of `size` numbers, in order. Block: 32 columns, 32 rows that take turns.
 extern "C" __global__ void norm_sum(float *out, const float *shares, int count, int size) {
+    take_turn();
     __shared__ float sums[LANES][LANES];
     int lane = threadIdx.x % LANES, turn = threadIdx.x / LANES, i = blockIdx.x * LANES + lane;
     float sum = 0.0f;
@@ -222,6 +223,7 @@ constexpr int backward_blocks(int numbers) { return numbers > 24 ? 1 : 2; }
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         norm_##PASS##_##E##_##R##_##WIDTH##_##ITEMS##_##TEAM(const __grid_constant__ Norm p) {                         \
+        take_turn();                                                                                                   \
         Team<E, R, WIDTH, ITEMS, TEAM>(p).FUNCTION();                                                                  \
     }
 #define KERNELS(E, R, WIDTH, ITEMS, TEAM)                                                                              \

@@ -174,10 +174,12 @@ template <typename E, int TEAM, int ITEMS, int AFFINE> struct Team {
 #define KERNELS(E, TEAM, ITEMS, NAME, AFFINE)                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         norm_heads_fwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                           \
+        take_turn();                                                                                                   \
         Team<E, TEAM, ITEMS, AFFINE>(p).forward();                                                                     \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         norm_heads_bwd_##E##_##TEAM##_##ITEMS##_##NAME(const __grid_constant__ HeadNorm p) {                           \
+        take_turn();                                                                                                   \
         Team<E, TEAM, ITEMS, AFFINE>(p).backward();                                                                    \
     }
 #define BOTH(E, TEAM, ITEMS)                                                                                           \

@@ -16,6 +16,7 @@ constexpr int THREADS = 256;
 extern "C" __global__ void __launch_bounds__(THREADS)
     retention_carry(float *carried, const float *factors, const float *initial, int64_t numbers, int segments,
                     int backwards) {
+    take_turn();
     int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, row = blockIdx.y;
     if (i >= numbers) return;
     float state = initial ? initial[row * numbers + i] : 0.0f;
@@ -33,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     retention_beginnings(float *to, const float *states, const float *gradients, const float *initial,
                          const float *dinitial, int64_t numbers, int segments) {
+    take_turn();
     __shared__ double sums[THREADS / LANES];
     int64_t segment = blockIdx.x, row = blockIdx.y, place = (row * segments + segment) * numbers;
     const float *s = segment ? states + place : initial ? initial + row * numbers : nullptr;
@@ -66,7 +68,7 @@ template <typename E> __device__ void tokens(const Retention &p, float *to) {
 }
 #define TOKENS(E)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        retention_tokens_##E(const __grid_constant__ Retention p, float *to) { tokens<E>(p, to); }
+        retention_tokens_##E(const __grid_constant__ Retention p, float *to) { take_turn(); tokens<E>(p, to); }
 TOKENS(float)
 TOKENS(bf16)
 TOKENS(f16)
@@ -74,6 +76,7 @@ TOKENS(f16)
 // From the tokens' differences to D, in place.
 extern "C" __global__ void __launch_bounds__(THREADS)
     retention_decay(const __grid_constant__ Retention p, float *tokens, const float *beginnings) {
+    take_turn();
     int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= int64_t(p.heads) * p.segments) return;
     int head = i % p.heads;

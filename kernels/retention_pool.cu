@@ -305,7 +305,7 @@ template <typename E, typename S, int KEYS> __device__ void step(const Step &all
 
 #define KERNEL(E, S, KEYS)                                                                                             \
     extern "C" __global__ void __launch_bounds__(Layout<KEYS>::THREADS, RESIDENT / Layout<KEYS>::THREADS)              \
-        retention_pool_##E##_##S##_##KEYS(const __grid_constant__ Step all) { step<E, S, KEYS>(all); }
+        retention_pool_##E##_##S##_##KEYS(const __grid_constant__ Step all) { take_turn(); step<E, S, KEYS>(all); }
 #define WIDTHS(E, S) KERNEL(E, S, 64) KERNEL(E, S, 128) KERNEL(E, S, 256) KERNEL(E, S, 512)
 #define KERNELS(E) WIDTHS(E, float) WIDTHS(E, bf16)
 KERNELS(float)

@@ -96,7 +96,7 @@ template <typename E, int KEYS> __device__ void step(const Retention &p) {
 
 #define KERNEL(E, KEYS)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        retention_step_##E##_##KEYS(const __grid_constant__ Retention p) { step<E, KEYS>(p); }
+        retention_step_##E##_##KEYS(const __grid_constant__ Retention p) { take_turn(); step<E, KEYS>(p); }
 #define KERNELS(E) KERNEL(E, 64) KERNEL(E, 128) KERNEL(E, 256) KERNEL(E, 512)
 KERNELS(float)
 KERNELS(bf16)

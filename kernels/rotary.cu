@@ -111,7 +111,8 @@ template <typename E, int W, bool INTERLEAVED> struct Turn {
 };
 
 #define KERNEL(E, NAME, W, STYLE, INTERLEAVED)                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS) rotary_##E##_##NAME##_##STYLE(const __grid_constant__ Rotary p) { \
+    extern "C" __global__ void __launch_bounds__(THREADS) rotary_##E##_##NAME##_##STYLE(const __grid_constant__ Rotary p) {\
+        take_turn();                                                                                                   \
         Turn<E, W, INTERLEAVED>::run(p);                                                                               \
     }
 #define KERNELS(E)                                                                                                     \

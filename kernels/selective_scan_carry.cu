@@ -127,6 +127,7 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
 // From the ends of the chunks to the states before them (behind them, going back), in place. A negative span cuts.
 extern "C" __global__ void selective_scan_carry(float *carried, const float *span, const float *a, const float *initial,
                                                 int batch, int chunks, int channels, int states, int back) {
+    take_turn();
     int64_t size = int64_t(channels) * states, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
     int row = blockIdx.y, channel = i / states;
@@ -184,6 +185,7 @@ template <typename E> __device__ void reduce_constant(void *out, const float *su
 
 // out[i] = sum_j shares[j, i], in order.
 extern "C" __global__ void selective_scan_sum(float *out, const float *shares, int64_t size, int count) {
+    take_turn();
     int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
     float sum = 0.0f;
@@ -195,10 +197,12 @@ extern "C" __global__ void selective_scan_sum(float *out, const float *shares, i
 #define REDUCE(E)                                                                                                      \
     extern "C" __global__ void selective_scan_coefficients_##E(void *out, const float *sums, int per, int side,        \
                                                                int64_t tokens, int n, int groups) {                    \
+        take_turn();                                                                                                   \
         reduce_coefficients<E>(out, sums, per, side, tokens, n, groups);                                               \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_constant_##E(                                 \
         void *out, const float *sums, int side, int64_t tokens, int n) {                                               \
+        take_turn();                                                                                                   \
         reduce_constant<E>(out, sums, side, tokens, n);                                                                \
     }
 REDUCE(float)

@@ -176,9 +176,9 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
 
 #define KERNEL(E, S, R)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { step<E, S, R>(p); }                      \
+        selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { take_turn(); step<E, S, R>(p); }         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        selective_scan_step_once_##E##_##S##_##R(const __grid_constant__ Scan p) { step_once<E, S, R>(p); }
+        selective_scan_step_once_##E##_##S##_##R(const __grid_constant__ Scan p) { take_turn(); step_once<E, S, R>(p); }
 #define ROWS(E, S) KERNEL(E, S, 1) KERNEL(E, S, 4)
 #define SPLITS(E) ROWS(E, 1) ROWS(E, 2) ROWS(E, 4) ROWS(E, 8) ROWS(E, 16) ROWS(E, 32)
 SPLITS(float)

@@ -86,6 +86,7 @@ template <typename E, int WIDTH> __device__ void cross_entropy(const CrossEntrop
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy_total(const __grid_constant__ CrossEntropy p) {
+    take_turn();
     double sum = 0.0;
     for (int64_t row = threadIdx.x; row < p.rows; row += THREADS) sum += p.losses[row];
     sum = block_sum(sum);
@@ -113,9 +114,15 @@ template <typename E, int WIDTH> __device__ void cross_entropy_grad(const CrossE
 
 #define KERNEL(E, WIDTH)                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        cross_entropy_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) { cross_entropy<E, WIDTH>(p); }            \
+        cross_entropy_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) {                                          \
+        take_turn();                                                                                                   \
+        cross_entropy<E, WIDTH>(p);                                                                                    \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        cross_entropy_grad_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) { cross_entropy_grad<E, WIDTH>(p); }
+        cross_entropy_grad_##E##_##WIDTH(const __grid_constant__ CrossEntropy p) {                                     \
+        take_turn();                                                                                                   \
+        cross_entropy_grad<E, WIDTH>(p);                                                                               \
+    }
 KERNEL(float, 1)
 KERNEL(float, 4)
 KERNEL(bf16, 1)
@@ -175,6 +182,7 @@ __device__ void write(void *x, int kind, int64_t i, float value) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) sum_of_squares(const __grid_constant__ Parts p) {
+    take_turn();
     const Part part = of_block(p.parts, p.count, [](const Part &part) { return part.first; });
     int64_t begin = int64_t(blockIdx.x - part.first) * CHUNK + threadIdx.x;
     float sum = 0.0f;
@@ -188,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_of_squares(const __gri
     if (threadIdx.x == 0) p.sums[blockIdx.x] = total;
 }
 extern "C" __global__ void __launch_bounds__(THREADS) sum_of_squares_total(const __grid_constant__ Parts p) {
+    take_turn();
     double sum = 0.0;
     for (int i = threadIdx.x; i < p.blocks; i += THREADS) sum += p.sums[i];
     sum = block_sum(sum);
@@ -195,6 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_of_squares_total(const
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) adamw(const __grid_constant__ AdamW p) {
+    take_turn();
     const Parameter own = of_block(p.parameters, p.count, [](const Parameter &p) { return p.part.first; });
     const Part &part = own.part;
     int64_t begin = int64_t(blockIdx.x - part.first) * CHUNK + threadIdx.x;

@@ -1,7 +1,6 @@
 // What the phases of decoding share: a block's warps, and words that carry activations from block to block.
 #pragma once
 #include "types.cuh"
-#include <type_traits>
 
 constexpr int LANES = 32;
 constexpr int WARPS = 8;   // that multiply
@@ -15,6 +14,21 @@ struct Divide {
     __device__ explicit Divide(int d) : inverse(reciprocal(d)) {}
     __device__ int operator()(int n) const { return int((n + 0.5f) * inverse); }
 };
+
+// A number that is known.
+template <int N> struct Is {
+    static constexpr int value = N;
+    __device__ constexpr operator int() const { return N; }
+};
+// f(Is<n>()), n being of FIRST to LAST. By halves: a jump through a table waits for the table.
+template <int FIRST, int LAST, typename F> __device__ __forceinline__ void among(int n, F &&f) {
+    if constexpr (FIRST == LAST)
+        f(Is<FIRST>());
+    else if (n <= (FIRST + LAST) / 2)
+        among<FIRST, (FIRST + LAST) / 2>(n, f);
+    else
+        among<(FIRST + LAST) / 2 + 1, LAST>(n, f);
+}
 
 __device__ __forceinline__ int lane_of() { return threadIdx.x % LANES; }
 __device__ __forceinline__ int warp_of() { return threadIdx.x / LANES; }
@@ -74,48 +88,77 @@ struct Rows {
     }
 };
 
-// What becomes of a pair of words on its way: nothing. `begin` is called while the first of them are.
+// Which pairs of words of a row are a warp's: `each` of every piece of the row, which all warps share.
+struct Pairs {
+    int first, each, count; // of all pieces
+    Divide by;
+
+    __device__ Pairs(int each, int pieces) : first(warp_of() * each), each(each), count(pieces * each), by(each) {}
+    // Where its pair i lies in the row.
+    __device__ int operator()(int i) const { return first + i + by(i) * (WARPS - 1) * each; }
+};
+
+// What becomes of a pair of words, the row's `i`th, on its way: nothing. `begin` is called while the first of them are.
 struct Unchanged {
     __device__ void begin() {}
     __device__ uint2 operator()(int, uint2 pair) const { return pair; }
 };
-// A row's pairs of words from the `first` on, the eight bytes of each pair to their place in shared memory, as soon as
-// both are there; zeros behind the end of the row. SIGN: they may be far.
-template <int COUNT, bool SIGN = true, typename F = Unchanged>
-__device__ __forceinline__ void receive(const Word *row, const Rows &rows, int pairs, int end, uint32_t mark, char *to,
-                                        F &&change = F()) {
-    if (!rows.live) pairs = end = 0;
-    // one word is as good a sign as many that its neighbours are close, and waiting for all would keep L2 busy
-    if (SIGN && end > 0)
-        while (mark_of(peek(row)) != mark) {}
-    Words w[COUNT];
-    auto ask = [&](int start) {
+// Pairs of words as soon as all of them are there; those that are not asked for mean nothing. SIGN: they are many, and waiting
+// for all would keep L2 busy: one is as good a sign that its neighbours are close.
+template <bool SIGN, int COUNT>
+__device__ __forceinline__ void await(Words (&w)[COUNT], const Word *const (&from)[COUNT], const bool (&has)[COUNT],
+                                      uint32_t mark) {
+    if (SIGN && has[0])
+        while (mark_of(peek(from[0])) != mark) {}
+    bool missing[COUNT];
+#pragma unroll
+    for (int m = 0; m < COUNT; ++m) missing[m] = has[m];
+    for (bool some = true; some;) {
+        some = false;
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m)
+            if (missing[m]) w[m] = peek_two(from[m]);
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
+            missing[m] = missing[m] && (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark);
+            some = some || missing[m];
+        }
+        if (COUNT > 5 && some) __nanosleep(100);
+    }
+}
+constexpr int NEAR_PAIRS = 2; // of a lane, for which no sign is needed
+
+// The warp's pairs of a row of words, of `end` in all, the eight bytes of each pair to their place in shared memory; zeros
+// behind the end of the row.
+template <int COUNT, typename F = Unchanged>
+__device__ __forceinline__ void receive(const Word *row, const Rows &rows, const Pairs &pairs, int end, uint32_t mark, char *to,
+                                        F &&change = F()) {
+    int count = rows.live ? pairs.count : 0;
+    auto some = [&](auto most, int start) {
+        constexpr int MOST = decltype(most)::value;
+        Words w[MOST];
+        const Word *from[MOST];
+        bool has[MOST];
+#pragma unroll
+        for (int m = 0; m < MOST; ++m) {
+            int i = start + m * rows.lanes, at = pairs(i);
+            from[m] = row + 2 * at, has[m] = i < count && at < end;
+        }
+        if (start == rows.begin) change.begin();
+        await<(MOST > NEAR_PAIRS)>(w, from, has, mark);
+#pragma unroll
+        for (int m = 0; m < MOST; ++m) {
             int i = start + m * rows.lanes;
-            if (i < end) w[m] = peek_two(row + 2 * i);
+            uint2 pair = {};
+            if (has[m]) pair = change(pairs(i), {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])});
+            if (i < count) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
         }
     };
-    constexpr bool FEW = COUNT <= 5;
-    if (FEW) ask(rows.begin);
-    change.begin();
+    if (COUNT <= 5 && pairs.count <= NEAR_PAIRS * rows.lanes)
+        some(Is<NEAR_PAIRS>(), rows.begin);
+    else
 #pragma unroll 1
-    for (int start = rows.begin; start < pairs; start += COUNT * rows.lanes) {
-        if (!FEW || start > rows.begin) ask(start);
-#pragma unroll
-        for (int m = 0; m < COUNT; ++m) {
-            int i = start + m * rows.lanes;
-            if (i < end)
-                while (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark) {
-                    // many that ask again and again would keep L2 busy
-                    if (COUNT > 5) __nanosleep(100);
-                    w[m] = peek_two(row + 2 * i);
-                }
-            uint2 pair = {};
-            if (i < end) pair = change(i, {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])});
-            if (i < pairs) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
-        }
-    }
+        for (int start = rows.begin; start - rows.begin < pairs.count; start += COUNT * rows.lanes) some(Is<COUNT>(), start);
 }
 // Activations in a word: two of 16 bits, or one of 32. `next` is the second.
 template <typename E> constexpr int PACK = 4 / sizeof(E);

@@ -4,11 +4,12 @@
 // A family is a Block with
 //   Phase, Step       its own, with what it adds
 //   Ahead             what a thread loads before its phase's inputs are there
+//   with(kind, f)     calls f(Is<kind>())
 //   takes_norm(kind)  whether a phase's inputs are the norm of the stream
 //   is_for_all(kind)  whether blocks without outputs take the inputs too, for the next phase
 //   is_whole(kind)    whether a phase does its own work behind its products, all of which it then has at once
 //   make_rooms        its rooms in shared memory
-//   begin, prepare    loads for a phase, for a task of it
+//   begin, prepare    loads for a whole phase, for a task of another
 //   take              its inputs, in shared memory: where they lie, and how far apart its rows are
 //   products          with the weights
 //   finish, end       what becomes of a task's products, and of a phase's
@@ -66,7 +67,7 @@ template <typename E> __device__ void choose(const Step &p, const Share &share, 
 }
 
 // ADD: a projection's outputs, onto the stream.
-template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task &task) {
+template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Share &share, const Task<MANY> &task) {
     const Step &p = b.p;
     if (!task.live) return;
 #pragma unroll 1
@@ -79,7 +80,7 @@ template <typename E, bool MANY> __device__ void add(Block<E, MANY> &b, const Sh
     }
 }
 // HEAD: logits.
-template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const Share &share, const Task &task) {
+template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const Share &share, const Task<MANY> &task) {
     const Step &p = b.p;
     if (!task.live) return;
 #pragma unroll 1
@@ -87,22 +88,27 @@ template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const S
         static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
 }
 
-// Copies weights for two warps, and brings close what else will be needed.
+// Copies weights, and brings close what else will be needed, a layer ahead. Who does not copy has the time for that, and keeps
+// to the pace of who does: `done` is the phase he is at.
 template <typename F>
-__device__ void copy(const typename F::Step &p, const Weights *weights, const Share *shares, uint32_t slots, uint32_t flags,
+__device__ void copy(const typename F::Step &p, const Weights *weights, const Share *shares, Ring &ring, volatile int *done,
                      int warp) {
-    using Phase = typename F::Phase;
-    typename F::Source source(p);
-    Ring one(slots, flags, p.ring_slots, p.slot_bytes(), warp), other(slots, flags, p.ring_slots, p.slot_bytes(), warp + COPIERS);
+    constexpr int HINTERS = FILLERS < COPIERS ? COPIERS - FILLERS : COPIERS;
+    bool fills = warp < FILLERS;
+    int hinter = FILLERS < COPIERS ? warp - FILLERS : warp;
+    typename F::Source source(p, ring, warp);
 #pragma unroll 1
     for (int i = 1 - F::LAYER; i < p.count; ++i) {
         int later = i + F::LAYER;
-        if (later < p.count)
-            for (int part = warp; part < F::HINTS; part += COPIERS)
-                F::hints(p, static_cast<const Phase *>(p.phases)[later], shares[weights[later].shape], part);
-        if (i < 0) continue;
+        if (!fills)
+            while (*done < i) __nanosleep(100);
+        if (later < p.count && hinter >= 0)
+            for (int part = hinter; part < F::HINTS; part += HINTERS)
+                F::hints(p, static_cast<const typename F::Phase *>(p.phases)[later], shares[weights[later].shape], part);
+        if (i < 0 || !fills) continue;
         Share share = Share::load(shares[weights[i].shape]);
-        if (share.count > 0 && warp < share.warps) source.copy(one, other, weights[i], share, warp);
+        if (share.count > 0) source.copy(weights[i], share);
+        if (warp == 0 && lane_of() == 0) *done = i + 1;
     }
     wait_copies<0>();
 }
@@ -111,12 +117,13 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     using Phase = typename F::Phase;
     using E = typename F::Element;
     extern __shared__ __align__(128) char bytes[];
-    __shared__ float row_sums[2][WARPS][MOST_ROWS];
+    __shared__ alignas(16) float row_sums[2][WARPS][MOST_ROWS];
     __shared__ Phase phases[NEAR];
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
     __shared__ uint64_t flag_words[Ring::FLAGS];
+    __shared__ int copied; // phases
     Share *shares = reinterpret_cast<Share *>(share_bytes);
-    char *free = bytes + p.ring_slots * WARPS * p.slot_bytes();
+    char *free = bytes + p.ring_slots * p.slot_bytes();
     auto room = [&](int size) {
         char *own = free;
         free += (size + 15) / 16 * 16;
@@ -130,8 +137,8 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     for (int i = threadIdx.x; i < p.count; i += blockDim.x) reinterpret_cast<uint4 *>(weights)[i] = all_weights[i];
     if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x], p.slot_groups);
     static_assert(Ring::FLAGS <= THREADS, "a thread each");
-    if (threadIdx.x < Ring::FLAGS)
-        begin_flag(flags + threadIdx.x * Ring::FLAG, threadIdx.x / MOST_SLOTS % 2 ? 1 : LANES);
+    if (threadIdx.x == 0) copied = 0;
+    if (threadIdx.x < Ring::FLAGS) Ring::begin(flags, threadIdx.x);
     // phases near the current one lie in shared memory, a lane's eight bytes each
     constexpr int PIECES = sizeof(Phase) / 8;
     static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
@@ -145,11 +152,11 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     keep_phase(0, load_phase(0));
     uint32_t mark = *reinterpret_cast<volatile unsigned *>(p.epoch);
     __syncthreads();
-    if (warp >= WARPS) return copy<F>(p, weights, shares, slots, flags, warp - WARPS);
+    Ring ring(slots, flags, p.ring_slots, p.slot_bytes());
+    if (warp >= WARPS) return copy<F>(p, weights, shares, ring, &copied, warp - WARPS);
 
-    Ring ring(slots, flags, p.ring_slots, p.slot_bytes(), warp);
     F f(p, row_sums, mark);
-    f.all_x = room(WARPS * p.x_bytes), f.x = f.all_x + warp * p.x_bytes;
+    f.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
     f.own_stream = reinterpret_cast<float *>(room(f.rows() * p.own_hidden * sizeof(float)));
     f.make_rooms(room);
@@ -162,43 +169,49 @@ template <typename F> __device__ void run(const typename F::Step &p) {
         int kind = phase.kind;
         uint64_t later = load_phase(i + 1);
         ++f.mark;
-        if (share.count > 0 || F::is_for_all(kind)) {
-            typename F::Ahead ahead;
-            int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
-            Task task;
-            f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
-            f.begin(phase, share, ahead);
-            if (phase.first) f.begin_stream(share);
-            auto find = [&](int n, int first, int last) {
-                task = Task(f, phase, share, n, first, last);
-                f.prepare(phase, share, task, ahead);
-            };
-            if (!F::is_whole(kind) && warp * LANES < tasks) find(threadIdx.x, 0, tiles);
-            if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
-            Input input = f.take(phase, share);
-            // as many tiles at a time as there is room for
-            int first = 0;
-#pragma unroll 1
-            do {
-                tiles = min(most_tiles, share.all_tiles - first);
-                f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
-                round ^= 1;
-                if (warp < share.warps) f.products(ring, phase, share, input, tiles);
-                keep_phase(i + 1, later);
-                meet();
-                if (F::is_whole(kind)) break;
-                tasks = tiles * sequences * TILE;
-#pragma unroll 1
-                for (int n = threadIdx.x; n - lane_of() < tasks; n += THREADS) {
-                    if (n >= THREADS || first > 0) find(n, first, first + tiles);
-                    f.finish(phase, share, task, ahead);
-                }
-            } while ((first += most_tiles) < share.all_tiles);
-            f.end(phase, share, ahead);
-        } else {
+        if (share.count == 0 && !F::is_for_all(kind)) {
             keep_phase(i + 1, later);
             meet();
+            continue;
         }
+        typename F::Ahead ahead;
+        int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
+        typename F::Task task;
+        f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
+        auto find = [&](int n, int first, int last) {
+            task = {f, phase, share, n, first, last};
+            F::with(kind, [&](auto kind) { f.prepare(kind, phase, share, task, ahead); });
+        };
+        if (phase.first) f.begin_stream(share);
+        if (F::is_whole(kind))
+            f.begin(phase, share, ahead);
+        else if (warp * LANES < tasks)
+            find(threadIdx.x, 0, tiles);
+        if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
+        Input input = f.take(phase, share);
+        // as many tiles at a time as there is room for
+        int first = 0;
+#pragma unroll 1
+        do {
+            tiles = min(most_tiles, share.all_tiles - first);
+            f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
+            round ^= 1;
+            if (warp < share.warps)
+                f.products(kind, ring, phase, share, input, tiles);
+            else
+                ring.skip(tiles * share.pieces);
+            keep_phase(i + 1, later);
+            meet();
+            if (F::is_whole(kind)) break;
+            tasks = tiles * sequences * TILE;
+#pragma unroll 1
+            for (int n = threadIdx.x; n - lane_of() < tasks; n += THREADS) {
+                if (n >= THREADS || first > 0) find(n, first, first + tiles);
+                task.find(share);
+                F::with(kind, [&](auto kind) { f.finish(kind, phase, share, task, ahead); });
+            }
+        } while ((first += most_tiles) < share.all_tiles);
+        f.end(phase, share, ahead);
     }
     if (p.chosen) {
         meet();
@@ -213,7 +226,10 @@ template <typename F> __device__ void run(const typename F::Step &p) {
 
 #define DECODE_KERNEL(NAME, FAMILY, E, ROWS)                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS + COPIERS * LANES, 1)                                         \
-        NAME##_##E##_##ROWS(const __grid_constant__ FAMILY<E, (ROWS > 1)>::Step p) { run<FAMILY<E, (ROWS > 1)>>(p); }
+        NAME##_##E##_##ROWS(const __grid_constant__ FAMILY<E, (ROWS > 1)>::Step p) {                                   \
+        take_turn();                                                                                                   \
+        run<FAMILY<E, (ROWS > 1)>>(p);                                                                                 \
+    }
 #define DECODE_KERNELS(NAME, FAMILY)                                                                                   \
     DECODE_KERNEL(NAME, FAMILY, float, 1) DECODE_KERNEL(NAME, FAMILY, float, 8)                                        \
     DECODE_KERNEL(NAME, FAMILY, bf16, 1) DECODE_KERNEL(NAME, FAMILY, bf16, 8)                                          \

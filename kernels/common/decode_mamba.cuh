@@ -7,7 +7,7 @@
 #pragma once
 #include "decode_loop.cuh"
 
-enum Kind { MIX, SELECT, STATE, ADD, HEAD };
+enum { MIX = OWN, SELECT, STATE };
 
 struct MambaPhase : Phase {
     const float *taps, *shift;    // MIX: [D, taps], [D] or null
@@ -33,12 +33,12 @@ struct MambaStep : Step {
 };
 
 // What a thread loads before its phase's inputs are there.
-constexpr int EARLY = 18;
+constexpr int EARLY = 10;
 using Early = float[EARLY];
 
 constexpr int TAPS = 4;
-constexpr int NUMBERS = 4; // of a state, in a lane, twice where a state has more than half a warp's
-static_assert(4 * NUMBERS + 2 <= EARLY && 2 * TAPS <= EARLY, "what is loaded early has room");
+constexpr int NUMBERS = 4; // of a state, in a lane
+static_assert(2 * NUMBERS + 2 <= EARLY && 2 * TAPS <= EARLY, "what is loaded early has room");
 
 // What the thread of one channel and one sequence has of the convolution.
 struct Filter {
@@ -48,9 +48,8 @@ struct Filter {
     __device__ Filter(Early &early, const MambaStep &p)
         : tap(early), window(early + TAPS), shift(early[2 * TAPS - 1]), missing(TAPS - p.filter) {}
     // Where its state lies; null for an idle row.
-    __device__ static float *place(const MambaStep &p, const MambaPhase &phase, const Task &task) {
-        int slot = p.slots[task.sequence];
-        return slot < 0 ? nullptr : phase.window + (int64_t(slot) * p.channels + task.output) * (p.filter - 1);
+    __device__ static float *place(const MambaStep &p, const MambaPhase &phase, int channel, int slot) {
+        return slot < 0 ? nullptr : phase.window + (int64_t(slot) * p.channels + channel) * (p.filter - 1);
     }
     __device__ void load(const MambaPhase &phase, int channel, const float *place) {
 #pragma unroll
@@ -76,42 +75,29 @@ struct Filter {
     }
 };
 
-// A lane's numbers of a channel's state: four, or four of each half.
+// A lane's numbers of a channel's state.
 struct Part {
-    int states, lane, halves;
+    int first, count; // not clamped to four, see selective_scan_step.cu
+    bool whole;       // all states are whole fours
 
-    __device__ Part(int states, int lane, int halves) : states(states), lane(lane), halves(halves) {}
-    __device__ int first(int half) const { return half * LANES / 2 * NUMBERS + lane * NUMBERS; }
+    __device__ Part(int states, int lane)
+        : first(lane * NUMBERS), count(states - first), whole(states % NUMBERS == 0 && count > 0) {}
     __device__ void load(float *to, const float *from) const {
+        if (whole) {
+            float4 v = *reinterpret_cast<const float4 *>(from + first);
+            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (half >= halves) break;
-            float *own = to + half * NUMBERS;
-            const float *at = from + first(half);
-            int count = states - first(half); // not clamped to four, see selective_scan_step.cu
-            if (states % NUMBERS == 0 && count > 0) {
-                float4 v = *reinterpret_cast<const float4 *>(at);
-                own[0] = v.x, own[1] = v.y, own[2] = v.z, own[3] = v.w;
-            } else {
-#pragma unroll
-                for (int i = 0; i < NUMBERS; ++i) own[i] = i < count ? at[i] : 0.0f;
-            }
+            for (int i = 0; i < NUMBERS; ++i) to[i] = i < count ? from[first + i] : 0.0f;
         }
     }
     __device__ void store(float *to, const float *from) const {
+        if (whole) {
+            *reinterpret_cast<float4 *>(to + first) = make_float4(from[0], from[1], from[2], from[3]);
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (half >= halves) break;
-            const float *own = from + half * NUMBERS;
-            float *at = to + first(half);
-            int count = states - first(half);
-            if (states % NUMBERS == 0 && count > 0) {
-                *reinterpret_cast<float4 *>(at) = make_float4(own[0], own[1], own[2], own[3]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < NUMBERS; ++i)
-                    if (i < count) at[i] = own[i];
-            }
+            for (int i = 0; i < NUMBERS; ++i)
+                if (i < count) to[first + i] = from[i];
         }
     }
 };
@@ -123,16 +109,17 @@ template <typename E, bool MANY> struct Recurrence {
     Mamba<E, MANY> &b;
     const MambaPhase &phase;
     const Share &share;
-    int tasks, halves, split = 1, bits = 0, lane, group;
+    int tasks, split, bits, lane, group;
     int own, channel, sequence, slot;
-    int place; // of the channel's numbers in those of a sequence
+    int place;  // of the channel's numbers in those of a sequence
+    bool whole; // a lane has four numbers of a state or none, and B and C lie so that it can have them at once
 
     __device__ Recurrence(Mamba<E, MANY> &b, const MambaPhase &phase, const Share &share)
         : b(b), phase(phase), share(share) {
         tasks = b.sequences() * share.count;
-        halves = b.p.states > LANES / 2 * NUMBERS ? 2 : 1;
-        while (split * halves * NUMBERS < b.p.states) split *= 2, ++bits;
+        bits = LANES - __clz((b.p.states - 1) / NUMBERS), split = 1 << bits;
         lane = threadIdx.x & (split - 1), group = threadIdx.x >> bits;
+        whole = b.p.states % NUMBERS == 0 && b.p.rank % NUMBERS == 0;
     }
     // Threads of whole warps have tasks, some of them none that counts.
     __device__ bool has(int task) const { return (task & ~((LANES >> bits) - 1)) < tasks; }
@@ -140,17 +127,17 @@ template <typename E, bool MANY> struct Recurrence {
         task = min(task, tasks - 1);
         sequence = Divide(share.count)(task);
         own = task - sequence * share.count, channel = share.first + own;
-        slot = b.p.slots[sequence];
+        slot = b.slots[sequence];
         place = channel * b.p.states;
     }
     __device__ float *state() const { return phase.state + int64_t(slot) * b.p.channels * b.p.states + place; }
     __device__ void load_found(Early &early) {
-        Part part(b.p.states, lane, halves);
+        Part part(b.p.states, lane);
         part.load(early, phase.a + place);
 #pragma unroll
-        for (int i = 0; i < 2 * NUMBERS; ++i) early[2 * NUMBERS + i] = 0.0f;
-        if (slot >= 0) part.load(early + 2 * NUMBERS, state());
-        early[4 * NUMBERS] = phase.dt_bias[channel], early[4 * NUMBERS + 1] = phase.d[channel];
+        for (int i = 0; i < NUMBERS; ++i) early[NUMBERS + i] = 0.0f;
+        if (slot >= 0) part.load(early + NUMBERS, state());
+        early[2 * NUMBERS] = phase.dt_bias[channel], early[2 * NUMBERS + 1] = phase.d[channel];
     }
     __device__ void load(Early &early) {
         if (!has(group)) return;
@@ -188,31 +175,37 @@ template <typename E, bool MANY> struct Recurrence {
     }
     __device__ void run(Early &early) {
         const MambaStep &p = b.p;
-        Part part(p.states, lane, halves);
+        Part part(p.states, lane);
 #pragma unroll 1
         for (int task = group; has(task); task += THREADS >> bits) {
             find(task);
             if (task >= THREADS >> bits) load_found(early);
             bool live = task < tasks;
-            float *a = early, *h = early + 2 * NUMBERS, bias = early[4 * NUMBERS], skip = early[4 * NUMBERS + 1];
+            float *a = early, *h = early + NUMBERS, bias = early[2 * NUMBERS], skip = early[2 * NUMBERS + 1];
 #pragma unroll 1
             for (int t = 0; t < b.tokens(); ++t) {
                 int row = sequence * b.tokens() + t, at = row * p.own_channels + own;
                 E delta = narrow<E>(sum_of(share, b.place_of_sum(own, row)));
                 float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
                 const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    if (half >= halves) break;
+                Pack<E, NUMBERS> into, out;
+                if (whole) {
+                    const E *at = in + (part.count > 0 ? part.first : 0);
+                    into = *reinterpret_cast<const Pack<E, NUMBERS> *>(at);
+                    out = *reinterpret_cast<const Pack<E, NUMBERS> *>(at + p.states);
+                } else {
 #pragma unroll
                     for (int k = 0; k < NUMBERS; ++k) {
-                        // a lane's numbers behind the end have nothing to do with what lies there
-                        int n = part.first(half) + k, i = half * NUMBERS + k;
-                        bool own = n < p.states;
-                        float into = widen(in[own ? n : 0]), out = widen(in[own ? p.states + n : 0]);
-                        h[i] = fmaf(exp2_fast(dt * (a[i] * LOG2E)), h[i], own ? dt * u * into : 0.0f);
-                        y = fmaf(h[i], out, y);
+                        int n = k < part.count ? part.first + k : 0;
+                        into.at[k] = in[n], out.at[k] = in[p.states + n];
                     }
+                }
+#pragma unroll
+                for (int k = 0; k < NUMBERS; ++k) {
+                    // a lane's numbers behind the end have nothing to do with what lies there
+                    float add = k < part.count ? dt * u * widen(into.at[k]) : 0.0f;
+                    h[k] = fmaf(exp2_fast(dt * (a[k] * LOG2E)), h[k], add);
+                    y = fmaf(h[k], widen(out.at[k]), y);
                 }
 #pragma unroll 1
                 for (int lanes = split / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
@@ -220,10 +213,27 @@ template <typename E, bool MANY> struct Recurrence {
                 float next = __shfl_down_sync(~0u, y, split);
                 if (!live || lane > 0) continue;
                 int64_t to = int64_t(row) * p.channels + channel;
-                if (own % PACK<E> == 0) p.copies.publish(p.y + to / PACK<E>, pack(narrow<E>(y), narrow<E>(next)), b.mark);
+                if (split == LANES)
+                    b.own_u[at] = y;
+                else if (own % PACK<E> == 0)
+                    p.copies.publish(p.y + to / PACK<E>, pack(narrow<E>(y), narrow<E>(next)), b.mark);
                 if (!p.keep) static_cast<E *>(p.drafts[phase.layer].delta)[to] = delta;
             }
             if (live && slot >= 0 && p.keep) part.store(state(), h);
+        }
+        if (split == LANES) publish();
+    }
+    // Channels of a word are in two warps: through their place in shared memory.
+    __device__ void publish() {
+        meet();
+        int words = (share.count + PACK<E> - 1) / PACK<E>;
+        Divide by(words);
+#pragma unroll 1
+        for (int n = threadIdx.x; n < b.rows() * words; n += THREADS) {
+            int row = by(n), own = (n - row * words) * PACK<E>;
+            const float *y = b.own_u + row * b.p.own_channels + own;
+            b.p.copies.publish(b.p.y + (int64_t(row) * b.p.channels + share.first + own) / PACK<E>,
+                               pack(narrow<E>(y[0]), narrow<E>(own + 1 < share.count ? y[1] : 0.0f)), b.mark);
         }
     }
 };
@@ -231,6 +241,7 @@ template <typename E, bool MANY> struct Recurrence {
 template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     using Base = Block<E, MANY>;
     using Element = E;
+    using Task = ::Task<MANY>;
     using Phase = MambaPhase;
     using Step = MambaStep;
     struct Ahead {
@@ -239,8 +250,12 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     };
     static constexpr int LAYER = 4; // phases
     static constexpr int HINTS = 6;
+    template <typename F> static __device__ __forceinline__ void with(int kind, F &&f) {
+        among<ADD, STATE>(kind, f);
+    }
     const Step &p;
     float *own_u, *own_z; // [R, own_channels]
+    int *slots;           // [R / T]
     char *selected;       // [R, rank + 2 N], for all warps
     int selected_pitch;
 
@@ -253,24 +268,26 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
         int selected_groups = (words_of<E>(p.rank + 2 * p.states) * 4 + GROUP - 1) / GROUP;
         selected_pitch = pitch_of(selected_groups + selected_groups / WARPS);
         selected = room(this->rows() * selected_pitch);
+        slots = reinterpret_cast<int *>(room(MOST_ROWS * sizeof(int)));
+        if (threadIdx.x < this->sequences()) slots[threadIdx.x] = p.slots[threadIdx.x];
+        meet();
     }
     static __device__ bool takes_norm(int kind) { return kind == MIX || kind == HEAD; }
     static __device__ bool is_for_all(int) { return false; }
     static __device__ bool is_whole(int kind) { return kind == STATE; }
-    struct Source {
-        __device__ explicit Source(const Step &) {}
-        __device__ void copy(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) const {
-            copy_weights<false>(one, other, weights, share, warp);
-        }
+    struct Source : Filler {
+        __device__ Source(const Step &, Ring &ring, int warp) : Filler(ring, warp) {}
+        __device__ void copy(const Weights &weights, const Share &share) { Filler::copy<false>(weights, share); }
     };
 
     __device__ void begin(const Phase &phase, const Share &share, Ahead &ahead) {
-        if (phase.kind == STATE) Recurrence<E, MANY>(*this, phase, share).load(ahead.early);
+        Recurrence<E, MANY>(*this, phase, share).load(ahead.early);
     }
-    __device__ void prepare(const Phase &phase, const Share &, const Task &task, Ahead &ahead) {
+    template <typename K>
+    __device__ void prepare(K kind, const Phase &phase, const Share &, const Task &task, Ahead &ahead) {
         ahead.place = nullptr;
-        if (phase.kind != MIX || !task.live || task.segment) return;
-        ahead.place = Filter::place(p, phase, task);
+        if (kind != MIX || !task.live || task.segment) return;
+        ahead.place = Filter::place(p, phase, task.output, slots[task.sequence]);
         Filter(ahead.early, p).load(phase, task.output, ahead.place);
     }
     __device__ Input take(const Phase &phase, const Share &share) {
@@ -284,16 +301,17 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
         if (!takes_norm(phase.kind) && warp_of() < share.warps) Base::take(phase, share);
         return {shared_address(this->x), this->pitch};
     }
-    __device__ void products(Ring &ring, const Phase &, const Share &share, const Input &input, int tiles) {
+    __device__ void products(int, Ring &ring, const Phase &, const Share &share, const Input &input, int tiles) {
         multiply<E, MANY>(ring, share, input.at, input.pitch, this->rows(), tiles, this->sums);
     }
     // Whole warps, for words of two lanes.
-    __device__ void finish(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
-        if (phase.kind == MIX)
+    template <typename K>
+    __device__ void finish(K kind, const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        if (kind == MIX)
             mix(phase, share, task, ahead);
-        else if (phase.kind == SELECT)
+        else if (kind == SELECT)
             select(share, task);
-        else if (phase.kind == ADD)
+        else if (kind == ADD)
             add(*this, share, task);
         else
             head(*this, share, task);
@@ -324,8 +342,8 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
 #pragma unroll 1
         for (int t = 0; t < this->tokens(); ++t, own += p.own_channels, at += p.channels) {
             E x = narrow<E>(task.value(share, t)), y = x;
-            float u = widen(x);
-            if (task.segment == 0) u = filter.next(u), y = narrow<E>(u);
+            float u = filter.next(widen(x)); // means nothing for z
+            y = task.segment ? x : narrow<E>(u);
             E next = narrow<E>(__shfl_down_sync(~0u, u, 1));
             if (!task.live) continue;
             if (task.segment == 0 && task.own % PACK<E> == 0) p.copies.publish(p.u + at / PACK<E>, pack(y, next), this->mark);

@@ -1,8 +1,11 @@
 // A step's phases: what they are given, and what is common to them: inputs, norms, products and what becomes of these.
 #pragma once
-#include "decode_stream.cuh"
+#include "decode_products.cuh"
 
 constexpr unsigned NONE = ~0u;
+
+// Kinds of phases that all models have; families of blocks go on from OWN.
+enum { ADD, HEAD, OWN };
 
 struct Norm {
     const float *weight, *bias; // [K]; the bias may be null
@@ -39,11 +42,11 @@ struct Step {
     Copies copies;
     int padding;
     unsigned *epoch;       // the mark before the step's first, and the blocks that are done
-    // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of a warp's ring,
+    // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of the ring,
     // and groups of a row in a slot at most
     int own_hidden, sums_bytes, x_bytes, ring_slots, slot_groups, last_padding;
 
-    __device__ int slot_bytes() const { return TILE * pitch_of(slot_groups); }
+    __device__ int slot_bytes() const { return TILE * pitch_of(WARPS * slot_groups); }
 };
 
 // Brings what lies at `from` close: into L2, where no stream of weights is in the way.
@@ -80,9 +83,10 @@ template <typename E, bool MANY> struct Block {
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
-    char *all_x, *x;                     // the warps' own activations, rows `pitch` apart; the warp's
+    char *x;                             // the warp's own activations, rows `pitch` apart
     int pitch;
 
+    __device__ char *all_x() const { return x - warp_of() * p.x_bytes; } // those of all warps
     __device__ int rows() const { return MANY ? p.rows : 1; }
     __device__ int tokens() const { return MANY ? p.tokens : 1; }
     __device__ int sequences() const { return MANY && p.tokens > 1 ? Divide(p.tokens)(p.rows) : rows(); }
@@ -94,24 +98,99 @@ template <typename E, bool MANY> struct Block {
     // The warp's own elements, as the products take them.
     template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, F &&change = F()) {
         Rows rows(this->rows());
-        int pairs = share.groups * (GROUP / 8), row_pairs = words_of<E>(phase.width) / 2, first = warp_of() * pairs;
+        int row_pairs = words_of<E>(phase.width) / 2;
         pitch = pitch_of(share.groups);
-        receive<WORDS>(p.copies.own(phase.from) + 2 * (int64_t(rows.own) * row_pairs + first), rows, pairs,
-                       min(pairs, row_pairs - first), mark - 1, x + rows.own * pitch, change);
+        receive<WORDS>(p.copies.own(phase.from) + 2 * int64_t(rows.own) * row_pairs, rows,
+                       Pairs(share.size * (GROUP / 8), share.pieces), row_pairs, mark - 1, x + rows.own * pitch, change);
         __syncwarp();
+    }
+    // Pairs of the stream's numbers that the warp has the norms of.
+    __device__ Pairs stream_pairs(const Share &share) const {
+        return Pairs(share.size * (GROUP / 2) / int(sizeof(E)), share.pieces);
     }
     // The warp's own part of the norms of the stream's rows, as elements. The first phase has the stream from the
     // embedding.
     __device__ void take_norm(const Norm &norm, const Share &share, bool first) {
+        if (!MANY) {
+            int pairs = stream_pairs(share).count;
+            if (pairs <= NEAR_PAIRS * LANES) return take_norm_once<NEAR_PAIRS>(norm, share, first);
+            if (pairs <= AT_ONCE * LANES) return take_norm_once<AT_ONCE>(norm, share, first);
+        }
+        take_norms(norm, share, first);
+    }
+    // One row, of which a lane has COUNT pairs at most.
+    template <int COUNT> __device__ void take_norm_once(const Norm &norm, const Share &share, bool first) {
+        Pairs pairs = stream_pairs(share);
+        float2 weight[COUNT], bias[COUNT], value[COUNT]; // parameters on their way while the stream is not there
+        const Word *from[COUNT];
+        bool has[COUNT];
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) {
+            int i = lane_of() + m * LANES, at = pairs(i);
+            weight[m] = bias[m] = value[m] = {0.0f, 0.0f};
+            from[m] = p.copies.own(p.stream) + 2 * at;
+            has[m] = i < pairs.count && at < p.hidden / 2;
+            if (!has[m]) continue;
+            weight[m] = reinterpret_cast<const float2 *>(norm.weight)[at];
+            if (norm.bias) bias[m] = reinterpret_cast<const float2 *>(norm.bias)[at];
+            if (first) value[m] = {embedded(0, 2 * at), embedded(0, 2 * at + 1)};
+        }
+        if (!first) {
+            Words w[COUNT];
+            await<(COUNT > NEAR_PAIRS)>(w, from, has, mark - 1);
+#pragma unroll
+            for (int m = 0; m < COUNT; ++m)
+                if (has[m]) value[m] = {__uint_as_float(uint32_t(w[m].at[0])), __uint_as_float(uint32_t(w[m].at[1]))};
+        }
+        float mean = 0.0f, square = 0.0f, each = 1.0f / p.hidden;
+        // over the row, of f(number)
+        auto mean_of = [&](int pass, auto &&f) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int m = 0; m < COUNT; ++m)
+                if (has[m]) sum += f(value[m]);
+            sum = warp_sum(sum);
+            float *sums = row_sums[pass][0];
+            if (lane_of() == 0) sums[warp_of()] = sum;
+            meet();
+            Pack<float, WARPS> all = *reinterpret_cast<const Pack<float, WARPS> *>(sums);
+            sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w)
+                if (w < share.warps) sum += all.at[w];
+            return sum * each;
+        };
+        if (norm.layer) {
+            mean = mean_of(0, [](float2 v) { return v.x + v.y; });
+#pragma unroll
+            for (int m = 0; m < COUNT; ++m) value[m].x -= mean, value[m].y -= mean;
+        }
+        square = mean_of(1, [](float2 v) { return fmaf(v.x, v.x, v.y * v.y); });
+        float scale = norm.outside ? 1.0f / (sqrtf(square) + norm.eps) : rsqrtf(square + norm.eps);
+        auto normed = [&](float v, float weight, float bias) {
+            float n = v * scale;
+            return narrow<E>(fmaf(norm.layer ? n : widen(narrow<E>(n)), weight, bias));
+        };
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) {
+            int i = lane_of() + m * LANES;
+            if (i < pairs.count)
+                reinterpret_cast<Pack<E, 2> *>(x)[i] = {normed(value[m].x, weight[m].x, bias[m].x),
+                                                        normed(value[m].y, weight[m].y, bias[m].y)};
+        }
+        __syncwarp();
+    }
+    __device__ void take_norms(const Norm &norm, const Share &share, bool first) {
         Rows rows(this->rows());
-        int pairs = share.groups * (GROUP / 2) / int(sizeof(E)), begin = warp_of() * pairs, end = min(pairs, p.hidden / 2 - begin);
+        Pairs pairs = stream_pairs(share);
+        int end = p.hidden / 2, count = pairs.count;
         pitch = pitch_of(share.groups * 4 / int(sizeof(E)));
         float2 weight[AT_ONCE]; // on its way while the stream is not there
         auto load_weights = [&](int start) {
 #pragma unroll
             for (int m = 0; m < AT_ONCE; ++m) {
-                int i = start + m * rows.lanes;
-                if (i < end) weight[m] = reinterpret_cast<const float2 *>(norm.weight)[begin + i];
+                int i = start + m * rows.lanes, at = pairs(i);
+                if (i < count && at < end) weight[m] = reinterpret_cast<const float2 *>(norm.weight)[at];
             }
         };
         load_weights(rows.begin);
@@ -119,24 +198,23 @@ template <typename E, bool MANY> struct Block {
         char *own = x + rows.own * pitch;
         if (!rows.live) end = 0;
         if (!first)
-            receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden + 2 * begin, rows, pairs, end,
-                           mark - 1, own);
-        else if (first)
+            receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden, rows, pairs, end, mark - 1, own);
+        else
 #pragma unroll 1
-            for (int i = rows.begin; i < end; i += rows.lanes)
-                *reinterpret_cast<float2 *>(own + i * 8) = {embedded(rows.own, 2 * (begin + i)),
-                                                            embedded(rows.own, 2 * (begin + i) + 1)};
+            for (int i = rows.begin; i < count; i += rows.lanes)
+                if (int at = pairs(i); at < end)
+                    *reinterpret_cast<float2 *>(own + i * 8) = {embedded(rows.own, 2 * at), embedded(rows.own, 2 * at + 1)};
         float mean = 0.0f, scale = 0.0f;
 #pragma unroll 1
         for (int pass = norm.layer ? 0 : 1; pass < 2; ++pass) {
             float sum = 0.0f;
 #pragma unroll 1
-            for (int start = rows.begin; start < end; start += AT_ONCE * rows.lanes)
+            for (int start = rows.begin; start < count; start += AT_ONCE * rows.lanes)
 #pragma unroll
                 for (int m = 0; m < AT_ONCE; ++m) {
                     int i = start + m * rows.lanes;
                     float2 v = {mean, mean};
-                    if (i < end) v = *reinterpret_cast<float2 *>(own + i * 8);
+                    if (i < count && pairs(i) < end) v = *reinterpret_cast<float2 *>(own + i * 8);
                     v.x -= mean, v.y -= mean;
                     sum += pass ? fmaf(v.x, v.x, v.y * v.y) : v.x + v.y;
                 }
@@ -158,23 +236,23 @@ template <typename E, bool MANY> struct Block {
         };
         // elements take the place of numbers that all lanes have
 #pragma unroll 1
-        for (int start = 0; start < pairs; start += AT_ONCE * rows.lanes) {
+        for (int start = 0; start < count; start += AT_ONCE * rows.lanes) {
             float2 value[AT_ONCE];
             if (start > 0) load_weights(start + rows.begin);
 #pragma unroll
             for (int m = 0; m < AT_ONCE; ++m) {
                 int i = start + rows.begin + m * rows.lanes;
-                if (i < end) value[m] = *reinterpret_cast<float2 *>(own + i * 8);
+                if (i < count && pairs(i) < end) value[m] = *reinterpret_cast<float2 *>(own + i * 8);
             }
             __syncwarp();
 #pragma unroll
             for (int m = 0; m < AT_ONCE; ++m) {
                 int i = start + rows.begin + m * rows.lanes;
-                if (!rows.live || i >= pairs) break;
+                if (!rows.live || i >= count) break;
                 E *to = reinterpret_cast<E *>(own) + 2 * i;
                 E both[2] = {narrow<E>(0.0f), narrow<E>(0.0f)};
-                if (i < end) {
-                    float2 bias = norm.bias ? reinterpret_cast<const float2 *>(norm.bias)[begin + i] : float2{};
+                if (int at = pairs(i); at < end) {
+                    float2 bias = norm.bias ? reinterpret_cast<const float2 *>(norm.bias)[at] : float2{};
                     both[0] = normed(value[m].x, weight[m].x, bias.x), both[1] = normed(value[m].y, weight[m].y, bias.y);
                 }
                 to[0] = both[0], to[1] = both[1];
@@ -198,16 +276,17 @@ template <typename E, bool MANY> struct Block {
 };
 
 // An output of a block in the rows of one sequence.
-struct Task {
+template <bool MANY> struct Task {
     int row, sequence;         // the first row
     int segment, own, output;  // output `own` of the block's share, `output` of all
     bool live;
     float bias;
     const float *sum;
+    float found; // of one row
 
     __device__ Task() {}
     // Task `task` of those of tiles first to last - 1.
-    template <typename E, bool MANY>
+    template <typename E>
     __device__ Task(const Block<E, MANY> &b, const Phase &phase, const Share &share, int task, int first, int last) {
         int sequences = b.sequences(), q = task / TILE;
         int tile = sequences == 1 ? q : Divide(sequences)(q);
@@ -218,12 +297,19 @@ struct Task {
         for (segment = 0; tile >= share.tiles && segment + 1 < share.segments; ++segment) tile -= share.tiles;
         own = tile * TILE + task % TILE;
         live = live && own < share.count;
+        if (!live) sum = b.sums;
         output = share.first + own;
         bias = 0.0f;
         if (live && phase.bias) bias = widen(static_cast<const E *>(phase.bias)[segment * share.outputs + output]);
     }
+    // The value of the only row there is.
+    __device__ void find(const Share &share) {
+        if (!MANY) found = value_of(share, 0);
+    }
+    __device__ float value(const Share &share, int t) const { return MANY ? value_of(share, t) : found; }
     // In the row of token t. Nothing where there is no output.
-    __device__ float value(const Share &share, int t) const {
-        return live ? sum_of(share, sum + t * WARPS * TILE) + bias : 0.0f;
+    __device__ float value_of(const Share &share, int t) const {
+        float value = sum_of(share, sum + t * WARPS * TILE) + bias;
+        return live ? value : 0.0f;
     }
 };

@@ -13,11 +13,12 @@
 #include "activation.cuh"
 #include "decode_retention.cuh"
 
-enum Kind { QUERY, VALUE, RETAIN, ADD, UP, HEAD };
+enum { QUERY = OWN, VALUE, RETAIN, UP };
 
 template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     using Base = Block<E, MANY>;
     using Element = E;
+    using Task = ::Task<MANY>;
     using Phase = RetNetPhase;
     using Step = RetNetStep;
     struct Ahead {
@@ -26,40 +27,42 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     };
     static constexpr int LAYER = 6; // phases
     static constexpr int HINTS = 5;
+    template <typename F> static __device__ __forceinline__ void with(int kind, F &&f) {
+        among<ADD, UP>(kind, f);
+    }
     const Step &p;
     float *own_v, *own_g; // [R, own_values]; v becomes o
-    float *scales;        // [R, most_heads] of the warp
     float *decays;        // [H] gamma
-    int *slots;           // [R / T]
-    unsigned *positions;  // [R / T]
+    int *slots;           // [R / T], and behind MOST_ROWS of them the positions
 
     __device__ RetNet(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
     template <typename Room> __device__ void make_rooms(Room &&room) {
-        int own_bytes = this->rows() * p.own_values * sizeof(float), scale_bytes = this->rows() * p.most_heads * sizeof(float);
+        int own_bytes = this->rows() * p.own_values * sizeof(float);
         own_v = reinterpret_cast<float *>(room(own_bytes));
         own_g = reinterpret_cast<float *>(room(own_bytes));
-        scales = reinterpret_cast<float *>(room(WARPS * scale_bytes)) + warp_of() * this->rows() * p.most_heads;
+        room(WARPS * this->rows() * p.most_heads * sizeof(float)); // see scales
         decays = reinterpret_cast<float *>(room(p.heads * sizeof(float)));
-        slots = reinterpret_cast<int *>(room(MOST_ROWS * sizeof(int)));
-        positions = reinterpret_cast<unsigned *>(room(MOST_ROWS * sizeof(int)));
+        slots = reinterpret_cast<int *>(room(2 * MOST_ROWS * sizeof(int)));
 #pragma unroll 1
         for (int h = threadIdx.x; h < p.heads; h += THREADS) decays[h] = expf(p.logs[h]);
         if (threadIdx.x < this->sequences())
-            slots[threadIdx.x] = p.slots[threadIdx.x], positions[threadIdx.x] = p.positions[threadIdx.x];
+            slots[threadIdx.x] = p.slots[threadIdx.x], slots[MOST_ROWS + threadIdx.x] = p.positions[threadIdx.x];
         meet();
     }
+    // [R, most_heads] of the warp: those of all lie before the decays
+    __device__ float *scales() const { return decays - (WARPS - warp_of()) * this->rows() * p.most_heads; }
     static __device__ bool takes_norm(int kind) { return kind == QUERY || kind == UP || kind == HEAD; }
     static __device__ bool is_for_all(int kind) { return kind == QUERY; }
     static __device__ bool is_whole(int) { return false; }
 
-    struct Source {
+    struct Source : Filler {
         const Step &p;
         int first; // the first sequence's slot
 
-        __device__ explicit Source(const Step &p) : p(p), first(p.slots[0]) {}
-        __device__ void copy(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) const {
-            if (share.form != POOL) return copy_weights<true>(one, other, weights, share, warp);
-            Columns columns[2] = {{p, share, warp}, {p, share, warp + COPIERS}};
+        __device__ Source(const Step &p, Ring &ring, int warp) : Filler(ring, warp), p(p), first(p.slots[0]) {}
+        __device__ void copy(const Weights &weights, const Share &share) {
+            if (share.form != POOL) return Filler::copy<true>(weights, share);
+            Columns columns(p, share);
             int sequences = MANY ? p.rows / p.tokens : 1;
 #pragma unroll 1
             for (int s = 0; s < sequences; ++s) {
@@ -67,14 +70,11 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 if (slot < 0) continue;
                 const char *from = weights.data + (int64_t(slot) * share.outputs + share.first) * share.row_bytes;
 #pragma unroll 1
-                for (int start = 0; start < columns[0].count; start += columns[0].most) {
-                    auto fill = [&](Ring &ring, const Columns &own) {
-                        int count = min(own.most, own.count - start);
-                        if (count > 0) ring.fill(from + int64_t(own.first + start) * share.row_bytes, count * share.row_bytes);
-                    };
-                    fill(one, columns[0]);
-                    fill(other, columns[1]);
-                }
+                for (int start = 0; start < columns.each; start += columns.most)
+                    fill<false>(WARPS, p.slot_bytes() / WARPS, 0, [&](int warp, int &bytes) {
+                        bytes = columns.count(warp, start) * share.row_bytes;
+                        return from + int64_t(columns.first(warp, start)) * share.row_bytes;
+                    });
             }
         }
     };
@@ -98,7 +98,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     __device__ void turn(const Task &task, int t, Ahead &ahead) {
         ahead.cos = 1.0f, ahead.sin = 0.0f, ahead.factor = 1.0f;
         if (!task.live) return;
-        unsigned position = positions[task.sequence] + t;
+        unsigned position = unsigned(slots[MOST_ROWS + task.sequence]) + t;
         int head = Divide(p.key)(task.output), pair = (task.output - head * p.key) / 2;
         if (p.turns) {
             // signed half turns, of which 32 bits are as exact as an f32 can tell
@@ -111,14 +111,15 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
             ahead.factor = rsqrtf(log == 0.0f ? count : expm1f(count * log) / expm1f(log));
         }
     }
-    __device__ void prepare(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
-        if (phase.kind == QUERY) {
+    template <typename K>
+    __device__ void prepare(K kind, const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        if (kind == QUERY) {
             if (!MANY) turn(task, 0, ahead);
-        } else if (phase.kind == RETAIN) {
+        } else if (kind == RETAIN) {
             ahead.slot = slots[task.sequence];
             ahead.weight = 1.0f;
             if (task.live && phase.weight) ahead.weight = phase.weight[task.output - Divide(p.value)(task.output) * p.value];
-        } else if (phase.kind == UP) {
+        } else if (kind == UP) {
             ahead.bias = 0.0f;
             if (task.live && phase.bias && share.segments > 1)
                 ahead.bias = widen(static_cast<const E *>(phase.bias)[share.outputs + task.output]);
@@ -148,7 +149,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                 if (n >= heads * rows * row_pairs) break;
                 while (mark_of(w[m].at[0]) != this->mark - 2 || mark_of(w[m].at[1]) != this->mark - 2)
                     w[m] = peek_two(from[m]);
-                *reinterpret_cast<uint2 *>(this->all_x + n * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
+                *reinterpret_cast<uint2 *>(this->all_x() + n * 8) = {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])};
             }
         }
         // v is there too
@@ -158,22 +159,19 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     struct Scaling {
         RetNet &b;
         bool any;
-        int first, end, first_head;
+        Heads heads;
         const float *own; // of the row
-        Divide by;
 
         __device__ Scaling(RetNet &b, const Phase &phase, const Share &share)
-            : b(b), any(phase.from == b.p.z), first(warp_of() * share.groups * int(GROUP / sizeof(E))),
-              end(min(first + share.groups * int(GROUP / sizeof(E)), phase.width)), by(b.p.value) {
-            first_head = by(first);
-            own = b.scales + Rows(b.rows()).own * b.p.most_heads - first_head;
+            : b(b), any(phase.from == b.p.z), heads(b.p, share.size * int(GROUP / sizeof(E)), share.pieces, phase.width) {
+            own = b.scales() + Rows(b.rows()).own * b.p.most_heads;
         }
         __device__ void begin() const {
-            if (any) take_scales(b.p, Rows(b.rows()), b.mark - 1, first, end, b.scales);
+            if (any) take_scales(b.p, Rows(b.rows()), b.mark - 1, heads, b.scales());
         }
         __device__ uint2 operator()(int i, uint2 pair) const {
             if (!any) return pair;
-            float factor = own[by(first + i * int(8 / sizeof(E)))];
+            float factor = own[heads.place(i * int(8 / sizeof(E)))];
             return {scaled<E>(pair.x, factor), scaled<E>(pair.y, factor)};
         }
     };
@@ -187,26 +185,27 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     // States of the sequences' channels through the ring, and q S behind every token in the place of v.
     __device__ void retain(Ring &ring, const Phase &phase, const Share &share) {
         constexpr int TOKENS = MANY ? MOST_ROWS : 1, LINE = 4 / PACK<E> * 8; // bytes of q and k for four keys
-        Columns columns(p, share, warp_of());
+        Columns columns(p, share);
         int first_head = Divide(p.value)(share.first), sequences = this->sequences(), pitch = p.key / 4 * LINE;
 #pragma unroll 1
         for (int s = 0, row = 0; s < sequences; ++s, row += this->tokens()) {
             int slot = slots[s];
             if (slot < 0) continue;
 #pragma unroll 1
-            for (int start = 0; start < columns.count; start += columns.most) {
+            for (int start = 0; start < columns.each; start += columns.most) {
                 // lanes share the slot's channels
-                Rows lanes(min(columns.most, columns.count - start));
-                int own = columns.first + start + lanes.own, channel = share.first + own;
+                int count = columns.count(warp_of(), start);
+                Rows lanes(count);
+                int own = columns.first(warp_of(), start) + lanes.own, channel = share.first + own;
                 float o[TOKENS] = {};
                 ring.wait_full();
                 if (lanes.live) {
                     int head = Divide(p.value)(channel);
                     float decay = decays[head], *v = own_v + row * p.own_values + own;
-                    const char *x = this->all_x + ((head - first_head) * this->rows() + row) * pitch;
-                    uint32_t from = ring.slot() + lanes.own * share.row_bytes;
+                    const char *x = this->all_x() + ((head - first_head) * this->rows() + row) * pitch;
+                    uint32_t from = ring.slot() + warp_of() * (p.slot_bytes() / WARPS) + lanes.own * share.row_bytes;
                     float *to = phase.state + (int64_t(slot) * p.heads * p.value + channel) * p.key;
-#pragma unroll(MANY ? 1 : 4)
+#pragma unroll(MANY ? 1 : 8 / int(sizeof(E)))
                     for (int key = lanes.begin * 4; key < p.key; key += lanes.lanes * 4) {
                         uint4 bits = load_shared(from + key * 4);
                         float h[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
@@ -241,24 +240,25 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
             }
         }
     }
-    __device__ void products(Ring &ring, const Phase &phase, const Share &share, const Input &input, int tiles) {
-        if (phase.kind == RETAIN)
+    __device__ void products(int kind, Ring &ring, const Phase &phase, const Share &share, const Input &input, int tiles) {
+        if (kind == RETAIN)
             retain(ring, phase, share);
         else
             multiply<E, MANY>(ring, share, input.at, input.pitch, this->rows(), tiles, this->sums);
     }
 
     // Whole warps, for words of two lanes and for pairs.
-    __device__ void finish(const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
-        if (phase.kind == QUERY)
+    template <typename K>
+    __device__ void finish(K kind, const Phase &phase, const Share &share, const Task &task, Ahead &ahead) {
+        if (kind == QUERY)
             query(phase, share, task, ahead);
-        else if (phase.kind == VALUE)
+        else if (kind == VALUE)
             keep_values(phase, share, task);
-        else if (phase.kind == RETAIN)
+        else if (kind == RETAIN)
             output(phase, task, ahead);
-        else if (phase.kind == UP)
+        else if (kind == UP)
             up(phase, share, task, ahead);
-        else if (phase.kind == ADD)
+        else if (kind == ADD)
             add(*this, share, task);
         else
             head(*this, share, task);

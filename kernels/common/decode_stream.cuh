@@ -2,14 +2,15 @@
 //
 // The blocks share a matrix's outputs, the warps of a block its rows' bytes: a warp multiplies the same part of every row,
 // and what it found is added up in the order of the warps. Weights depend on nothing, so that other warps copy them
-// through all phases in order, as far ahead as the ring of slots goes.
+// through all phases in order, as far ahead as the ring of slots goes. A slot has a tile's rows, or a piece of each where
+// they are long, and a warp its part of the piece: so rows are copied as they lie, in as few and as large copies as can be.
 #pragma once
 #include "decode.cuh"
 
 constexpr int TILE = 8;         // outputs
 constexpr int UNIT = 16;        // bytes of a copy
 constexpr int GROUP = 4 * UNIT; // bytes of a row in a step of products: those of four lanes
-constexpr int MOST_GROUPS = 10; // in a slot, of a row
+constexpr int MOST_GROUPS = 10; // in a slot, of a row, for a warp
 constexpr int MOST_SLOTS = 16;
 constexpr int GRAIN = 2; // outputs are shared by the blocks in pairs
 
@@ -33,7 +34,7 @@ struct alignas(16) Weights {
 struct alignas(16) Share {
     int row_bytes, outputs, first, count; // of each segment; the block's outputs
     int tiles, all_tiles;                 // of each segment, of all
-    int groups, pieces, size;             // of a row for each warp; in how many pieces, of how many groups
+    int groups, pieces, size;             // of a row for each warp; in how many pieces, of how many groups of a warp
     int warps;                            // that have any
     int segments, form;
 
@@ -52,7 +53,7 @@ struct alignas(16) Share {
         pieces = (groups + most - 1) / most;
         size = (groups + pieces - 1) / pieces;
         groups = pieces * size;
-        warps = form == POOL ? WARPS : (all + groups - 1) / groups;
+        warps = form == POOL ? WARPS : min(WARPS, (all + size - 1) / size);
     }
     // Where row `n` of a matrix lies.
     __device__ int source(int n) const {
@@ -91,15 +92,12 @@ __device__ __forceinline__ void raise_flag(uint32_t flag) {
 __device__ __forceinline__ void raise_flag_behind_copies(uint32_t flag) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
 }
-// Hopper copies long parts of rows without the lanes, which a short one is not worth: each takes 25 cycles.
+// Hopper copies without the lanes: one of its copiers is enough.
 #if __CUDA_ARCH__ >= 900
-constexpr int BULK_GROUPS = 8;
-// By one lane for all, behind so many bytes of bulk copies.
+constexpr bool BULK = true;
+// By one lane, behind so many bytes of bulk copies.
 __device__ __forceinline__ void raise_flag_behind_bytes(uint32_t flag, int bytes) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; "
-                 "mbarrier.arrive.shared.b64 state, [%0], %2; }" ::"r"(flag),
-                 "r"(bytes), "n"(LANES - 1)
-                 : "memory");
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(flag), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_bulk(uint32_t to, const char *from, int bytes, uint32_t flag, uint64_t policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
@@ -107,93 +105,105 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const char *from, int byt
                  : "memory");
 }
 #else
-constexpr int BULK_GROUPS = 1 << 30;
+constexpr bool BULK = false;
 __device__ __forceinline__ void raise_flag_behind_bytes(uint32_t, int) {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const char *, int, uint32_t, uint64_t) {}
 #endif
-__device__ __forceinline__ void wait_for_flag(uint32_t flag, int parity) {
+constexpr int FILLERS = BULK ? 1 : COPIERS; // warps that copy
+__device__ __forceinline__ bool is_raised(uint32_t flag, int parity) {
     uint32_t done;
-    do asm volatile("{ .reg .pred p; "
+    asm volatile("{ .reg .pred p; "
 #if __CUDA_ARCH__ >= 900
-                    "mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
+                 "mbarrier.try_wait.parity.shared.b64 p, [%1], %2; "
 #else
-                    "mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
+                 "mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
 #endif
-                    "selp.u32 %0, 1, 0, p; }"
-                    : "=r"(done)
-                    : "r"(flag), "r"(parity)
-                    : "memory");
-    while (!done);
+                 "selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(flag), "r"(parity)
+                 : "memory");
+    return done;
+}
+__device__ __forceinline__ void wait_for_flag(uint32_t flag, int parity) {
+    while (!is_raised(flag, parity)) {}
 }
 
-// A warp's slots, filled and read in turn; the rows of a tile in a slot are pitch_of their groups apart. Shared addresses;
-// `round` is how often all have been, modulo 2.
+// Slots, filled and read in turn. Shared addresses; `round` is how often all have been, modulo 2.
 struct Ring {
     uint32_t slots, full, empty; // the first slot; flags of all
     int size, bytes, next = 0, round = 0;
-    uint64_t policy; // weights come once a step: they leave L2 to what stays
 
-    __device__ Ring(uint32_t slots, uint32_t flags, int size, int bytes, int warp) : size(size), bytes(bytes) {
-        this->slots = slots + warp * size * bytes;
-        full = flags + warp * 2 * MOST_SLOTS * FLAG, empty = full + MOST_SLOTS * FLAG;
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    }
+    __device__ Ring(uint32_t slots, uint32_t flags, int size, int bytes)
+        : slots(slots), full(flags), empty(flags + MOST_SLOTS * FLAG), size(size), bytes(bytes) {}
     static constexpr int FLAG = sizeof(uint64_t);
-    static constexpr int FLAGS = WARPS * 2 * MOST_SLOTS;
+    static constexpr int FLAGS = 2 * MOST_SLOTS;
+    // Makes flag `i` ready for those who fill slots, or for those who have read them.
+    static __device__ void begin(uint32_t flags, int i) {
+        begin_flag(flags + i * FLAG, i >= MOST_SLOTS ? WARPS : BULK ? 1 : FILLERS * LANES);
+    }
 
     __device__ uint32_t slot() const { return slots + next * bytes; }
     __device__ void turn() {
         if (++next == size) next = 0, round ^= 1;
     }
+    __device__ bool is_full() const { return is_raised(full + next * FLAG, round); }
     __device__ void wait_full() const { wait_for_flag(full + next * FLAG, round); }
+    __device__ void wait_empty() const { wait_for_flag(empty + next * FLAG, round ^ 1); }
     // The warp has read the slot.
     __device__ void release() {
         __syncwarp();
         if (lane_of() == 0) raise_flag(empty + next * FLAG);
         turn();
     }
-    // Fills the next slot with `groups` from `rows` rows of a tile, which begin at `from`, the `row`th being the lane's own;
-    // zeros where there are fewer bytes.
-    __device__ void fill(const char *from, int row, int groups, int bytes, int rows) {
-        wait_for_flag(empty + next * FLAG, round ^ 1);
-        uint32_t to = slot() + row * pitch_of(groups), flag = full + next * FLAG;
-        if (groups >= BULK_GROUPS) {
-            int whole = groups * GROUP;
-            bytes = max(0, min(bytes, whole));
-            if (bytes < whole) {
+    // The warp has no part of some slots.
+    __device__ void skip(int slots) {
+#pragma unroll 1
+        for (; slots > 0; --slots) wait_full(), release();
+    }
+};
+
+// Fills slots of a ring; one of FILLERS warps.
+struct Filler {
+    Ring &ring;
+    int warp;
+    uint64_t policy; // weights come once a step: they leave L2 to what stays
+
+    __device__ Filler(Ring &ring, int warp) : ring(ring), warp(warp) {
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    }
+    // Fills the next slot with `count` pieces, `pitch` apart, the i-th of which is place(i): where it lies, and how many bytes
+    // of it, at most `whole`, are there. ZEROS: what is not there shall be zero.
+    template <bool ZEROS, typename F> __device__ void fill(int count, int pitch, int whole, F &&place) {
+        ring.wait_empty();
+        uint32_t slot = ring.slot(), flag = ring.full + ring.next * Ring::FLAG;
+        if (BULK) {
+            int bytes = 0;
+            const char *from = nullptr;
+            if (lane_of() < count) from = place(lane_of(), bytes);
+            if (ZEROS && lane_of() < count && bytes < whole) {
 #pragma unroll 1
                 for (int at = bytes; at < whole; at += UNIT)
-                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + at), "r"(0) : "memory");
+                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(slot + lane_of() * pitch + at), "r"(0)
+                                 : "memory");
                 fence_bulk();
             }
-            if (lane_of() == 0) raise_flag_behind_bytes(flag, rows * bytes);
             __syncwarp();
-            if (lane_of() < rows && bytes > 0) copy_bulk(to, from, bytes, flag, policy);
-        } else {
-            int unit = lane_of() % 4 * UNIT;
-            to += unit, from += unit, bytes -= unit;
-            constexpr int AT_ONCE = 5;
-#pragma unroll 1
-            for (; groups > 0; groups -= AT_ONCE, to += AT_ONCE * GROUP, from += AT_ONCE * GROUP, bytes -= AT_ONCE * GROUP)
-#pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j)
-                    if (row < rows && j < groups) copy_unit(to + j * GROUP, from + j * GROUP, bytes > j * GROUP ? UNIT : 0);
-            raise_flag_behind_copies(flag);
-        }
-        turn();
-    }
-    // Fills it with one row of so many bytes.
-    __device__ void fill(const char *from, int bytes) {
-        wait_for_flag(empty + next * FLAG, round ^ 1);
-        uint32_t to = slot(), flag = full + next * FLAG;
-        if (bytes >= BULK_GROUPS * GROUP) {
-            if (lane_of() == 0) raise_flag_behind_bytes(flag, bytes), copy_bulk(to, from, bytes, flag, policy);
+            int all = __reduce_add_sync(~0u, bytes);
+            if (lane_of() == 0) raise_flag_behind_bytes(flag, all);
+            __syncwarp();
+            if (bytes > 0) copy_bulk(slot + lane_of() * pitch, from, bytes, flag, policy);
         } else {
 #pragma unroll 1
-            for (int at = lane_of() * UNIT; at < bytes; at += LANES * UNIT) copy_unit(to + at, from + at, UNIT);
+            for (int i = warp; i < count; i += FILLERS) {
+                int bytes;
+                const char *from = place(i, bytes);
+#pragma unroll 1
+                for (int at = lane_of() * UNIT; at < (ZEROS ? whole : bytes); at += LANES * UNIT)
+                    copy_unit(slot + i * pitch + at, from + at, bytes > at ? UNIT : 0);
+            }
             raise_flag_behind_copies(flag);
         }
-        turn();
+        ring.turn();
     }
     // 16 bytes, of which `bytes` are there.
     __device__ void copy_unit(uint32_t to, const char *from, int bytes) const {
@@ -206,176 +216,21 @@ struct Ring {
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-        __syncwarp();
+    }
+    // The block's share of a phase's weights. PAIRS: rows may go in pairs.
+    template <bool PAIRS> __device__ void copy(const Weights &weights, const Share &share) {
+        const char *segment = weights.data;
+        int piece = WARPS * share.size * GROUP, whole = share.warps * share.size * GROUP, pitch = pitch_of(WARPS * share.size);
+#pragma unroll 1
+        for (int s = 0; s < share.segments; ++s, segment += weights.apart)
+#pragma unroll 1
+            for (int first = 0; first < share.count; first += TILE)
+#pragma unroll 1
+                for (int done = 0; done < share.pieces * piece; done += piece)
+                    fill<true>(min(share.count - first, TILE), pitch, whole, [&](int row, int &bytes) {
+                        int n = share.first + first + row;
+                        bytes = max(0, min(share.row_bytes - done, piece));
+                        return segment + int64_t(PAIRS ? share.source(n) : n) * share.row_bytes + done;
+                    });
     }
 };
-
-// Copies the parts of two warps of a phase's weights. PAIRS: rows may go in pairs.
-template <bool PAIRS>
-__device__ __forceinline__ void copy_weights(Ring &one, Ring &other, const Weights &weights, const Share &share, int warp) {
-    int row = share.size >= BULK_GROUPS ? lane_of() % TILE : lane_of() / 4;
-    int begin = warp * share.groups * GROUP, apart = COPIERS * share.groups * GROUP;
-    bool both = warp + COPIERS < share.warps;
-    const char *segment = weights.data + begin;
-#pragma unroll 1
-    for (int s = 0; s < share.segments; ++s, segment += weights.apart) {
-        const char *from = segment + int64_t(share.first + row) * share.row_bytes;
-#pragma unroll 1
-        for (int left = share.count, tile = 0; tile < share.tiles; ++tile, left -= TILE) {
-            int bytes = share.row_bytes - begin, rows = min(left, TILE);
-            if (PAIRS && share.form > 0)
-                from = segment + int64_t(share.source(share.first + tile * TILE + row)) * share.row_bytes;
-#pragma unroll 1
-            for (int done = 0; done < share.groups; done += share.size, bytes -= share.size * GROUP) {
-                one.fill(from + done * GROUP, row, share.size, bytes, rows);
-                if (both) other.fill(from + apart + done * GROUP, row, share.size, bytes - apart, rows);
-            }
-            from += TILE * share.row_bytes;
-        }
-    }
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-    return v;
-}
-
-__device__ __forceinline__ uint32_t load_word(uint32_t from) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
-    return v;
-}
-
-// Sums of a tile: outputs times rows.
-//
-// A lane's 16 bytes of weights are the operand A of one product of tensor cores as they lie: its rows are the tile's outputs
-// twice, with the first and third and with the second and fourth word of 16 bytes. B has a column of the same words for
-// each row of activations and half, so that four rows take one product, and D's other columns mean nothing. Lane 4 g + t has
-// output g in rows t and 4 + t.
-template <typename E, bool MANY> struct Tile {
-    static constexpr int HALVES = MANY ? 2 : 1; // of the rows
-    uint32_t x[HALVES];                         // the lane's words of activations
-    bool both;
-    float c[HALVES][2][4];
-
-    __device__ Tile(uint32_t at, int pitch, int rows) : both(MANY && rows > 4) {
-        int row = MANY ? lane_of() / 8 : 0;
-        at += lane_of() % 4 * UNIT + lane_of() / 4 % 2 * 4;
-        x[0] = at + (row < rows ? row : 0) * pitch;
-        if (MANY) x[HALVES - 1] = at + (row + 4 < rows ? row + 4 : 0) * pitch;
-    }
-    __device__ void clear() {
-#pragma unroll
-        for (int i = 0; i < 8 * HALVES; ++i) c[i / 8][i / 4 % 2][i % 4] = 0.0f;
-    }
-#define MULTIPLY(KIND)                                                                                                 \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
-                 "{%8, %9}, {%0, %1, %2, %3};"                                                                         \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
-                 : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "r"(a.x), "r"(a.y))
-    static __device__ void mma(float (&c)[4], const uint4 &w, const uint2 &a) {
-        if constexpr (std::is_same_v<E, bf16>)
-            MULTIPLY("bf16");
-        else
-            MULTIPLY("f16");
-    }
-#undef MULTIPLY
-    // N groups; `done` bytes of the activations are.
-    template <int N> __device__ void multiply(uint32_t slot, int done) {
-        constexpr int AT_ONCE = MANY && N > 5 ? (N + 1) / 2 : N;
-#pragma unroll
-        for (int first = 0; first < N; first += AT_ONCE) {
-            uint4 w[AT_ONCE];
-            uint2 a[AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < AT_ONCE && first + j < N; ++j) w[j] = load_shared(slot + (first + j) * GROUP);
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-                if (half && !both) break;
-                uint32_t from = x[half] + done + first * GROUP;
-#pragma unroll
-                for (int j = 0; j < AT_ONCE && first + j < N; ++j)
-                    a[j] = {load_word(from + j * GROUP), load_word(from + j * GROUP + 8)};
-#pragma unroll
-                for (int j = 0; j < AT_ONCE && first + j < N; ++j) mma(c[half][j % 2], w[j], a[j]);
-            }
-        }
-    }
-    __device__ void store(float *to, int rows) {
-        int g = lane_of() / 4, t = lane_of() % 4;
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half)
-            if (t + 4 * half < rows)
-                to[(t + 4 * half) * WARPS * TILE + g] =
-                    (c[half][0][0] + c[half][0][3]) + (c[half][1][0] + c[half][1][3]);
-    }
-};
-// Lane 4 g + t has a quarter of the sum of output g.
-template <bool MANY> struct Tile<float, MANY> {
-    static constexpr int ROWS = MANY ? MOST_ROWS : 1;
-    uint32_t x;
-    int pitch, rows;
-    float c[ROWS];
-
-    __device__ Tile(uint32_t at, int pitch, int rows) : x(at + lane_of() % 4 * UNIT), pitch(pitch), rows(rows) {}
-    __device__ void clear() {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) c[r] = 0.0f;
-    }
-    template <int N> __device__ void multiply(uint32_t slot, int done) {
-#pragma unroll 1
-        for (int j = 0; j < N; ++j) {
-            uint4 w = load_shared(slot + j * GROUP);
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-                if (r < rows) {
-                    uint4 a = load_shared(x + done + r * pitch + j * GROUP);
-                    c[r] = fmaf(__uint_as_float(w.x), __uint_as_float(a.x), c[r]);
-                    c[r] = fmaf(__uint_as_float(w.y), __uint_as_float(a.y), c[r]);
-                    c[r] = fmaf(__uint_as_float(w.z), __uint_as_float(a.z), c[r]);
-                    c[r] = fmaf(__uint_as_float(w.w), __uint_as_float(a.w), c[r]);
-                }
-        }
-    }
-    __device__ void store(float *to, int rows) {
-        int g = lane_of() / 4, t = lane_of() % 4;
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            if (r < rows) {
-                c[r] += __shfl_xor_sync(~0u, c[r], 1);
-                c[r] += __shfl_xor_sync(~0u, c[r], 2);
-                if (t == 0) to[r * WARPS * TILE + g] = c[r];
-            }
-    }
-};
-
-// N groups in a slot, all the way.
-template <int N, typename T>
-__device__ __forceinline__ void multiply(Ring &ring, T &tile, int bytes, int rows, int tiles, float *sums) {
-    uint32_t own = lane_of() / 4 * pitch_of(N) + lane_of() % 4 * UNIT;
-#pragma unroll 1
-    for (; tiles > 0; --tiles, sums += rows * WARPS * TILE) {
-        tile.clear();
-#pragma unroll 1
-        for (int done = 0; done < bytes; done += N * GROUP) {
-            ring.wait_full();
-            tile.template multiply<N>(ring.slot() + own, done);
-            ring.release();
-        }
-        tile.store(sums, rows);
-    }
-}
-// The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
-// activations, rows `pitch` apart. A number of groups in a slot has code of its own.
-template <typename E, bool MANY, int N = 1>
-__device__ __forceinline__ void multiply(Ring &ring, const Share &share, Tile<E, MANY> &tile, int rows, int tiles, float *sums) {
-    if (N == MOST_GROUPS || share.size == N)
-        return multiply<N>(ring, tile, share.groups * GROUP, rows, tiles, sums);
-    if constexpr (N < MOST_GROUPS) multiply<E, MANY, N + 1>(ring, share, tile, rows, tiles, sums);
-}
-template <typename E, bool MANY>
-__device__ void multiply(Ring &ring, const Share &share, uint32_t x, int pitch, int rows, int tiles, float *sums) {
-    Tile<E, MANY> tile(x, pitch, rows);
-    multiply<E, MANY>(ring, share, tile, rows, tiles, sums + warp_of() * TILE);
-}

@@ -303,6 +303,7 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     using NAME##_shape = Shape<E, __VA_ARGS__>;                                                                        \
     extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, 1)                                             \
         NAME(const __grid_constant__ Retention p) {                                                                    \
+        take_turn();                                                                                                   \
         RETENTION_BODY(WHAT, E, NAME##_shape)                                                                          \
     }                                                                                                                  \
     extern "C" __constant__ const unsigned NAME##_memory = NAME##_shape::MEMORY;

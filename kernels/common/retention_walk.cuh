@@ -268,6 +268,7 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     using NAME##_shape = Shape<E, KW, WK, WV, C, STAGES, OUTPUTS>;                                                     \
     extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, BLOCKS)                                        \
         NAME(const __grid_constant__ Retention p) {                                                                    \
+        take_turn();                                                                                                   \
         walk<E, NAME##_shape>(p);                                                                                      \
     }                                                                                                                  \
     extern "C" __constant__ const unsigned NAME##_memory = NAME##_shape::MEMORY;

@@ -93,4 +93,4 @@ template <typename F> __device__ void load_bias(const Scan &p, const Place<F> &a
     __constant__ unsigned NAME##_##E##_##P##x##N##x##S##_memory = sizeof(MEMORY<E, Form<P, N, S>>);                    \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        NAME##_##E##_##P##x##N##x##S(const __grid_constant__ Scan p) { FUNCTION<E, Form<P, N, S>>(p); }
+        NAME##_##E##_##P##x##N##x##S(const __grid_constant__ Scan p) { take_turn(); FUNCTION<E, Form<P, N, S>>(p); }

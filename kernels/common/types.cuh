@@ -7,6 +7,16 @@
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
+// The first thing that every kernel does: if it was launched before the one ahead of it has ended, it waits for that and for
+// what it wrote; and it lets the next one's blocks come once its own are all there, so that the end of one and the beginning
+// of the next may overlap (Launch::run_early in src/backend/cuda/launch.rs).
+__device__ __forceinline__ void take_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(f16 x) { return __half2float(x); }

@@ -1,9 +1,9 @@
 //! Launches.
 
-use super::{Module, failed, module};
+use super::{Module, failed, module, shared_memory};
 use crate::Result;
 use candle_core::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg, sys};
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
 
 /// A struct that a kernel takes by value.
@@ -34,25 +34,21 @@ impl Launch<'_> {
     /// The arguments are the kernel's, in order and type, and every place it reads or writes exists.
     pub(crate) unsafe fn run(&self, arguments: &[&dyn Argument]) -> Result<()> {
         let kernel = module::kernel(self.device, self.module, self.kernel, self.dynamic)?;
-        let stream = self.device.cuda_stream();
-        let mut launch = stream.launch_builder(&kernel.function);
-        for argument in arguments {
-            argument.push(&mut launch);
-        }
-        let [x, y, z] = self.grid.map(|n| n as u32);
-        let config = LaunchConfig {
-            grid_dim: (x, y, z),
-            block_dim: (self.threads, 1, 1),
-            shared_mem_bytes: kernel.memory,
-        };
         // SAFETY: the caller's promise.
-        unsafe { launch.launch(config) }.map(|_| ()).map_err(|error| {
-            failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error)
-        })
+        unsafe { self.put(&kernel, arguments, kernel.memory, None) }
     }
-}
 
-impl Launch<'_> {
+    /// The same, before the kernel ahead has ended, where the device and the kernel can. It pays where blocks are many: few
+    /// that all fit at once would be spread unevenly, wherever there happens to be room first.
+    ///
+    /// # Safety
+    /// As [`Launch::run`].
+    pub(crate) unsafe fn run_early(&self, arguments: &[&dyn Argument]) -> Result<()> {
+        let kernel = module::kernel(self.device, self.module, self.kernel, self.dynamic)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.put(&kernel, arguments, kernel.memory, kernel.early.then(early)) }
+    }
+
     /// Puts a kernel of one struct into the stream, with `memory` bytes of shared memory a block. If its blocks wait for
     /// each other, it runs once there is room for all of them.
     ///
@@ -65,19 +61,32 @@ impl Launch<'_> {
         together: bool,
     ) -> Result<()> {
         let kernel = module::kernel(self.device, self.module, self.kernel, false)?;
-        let fail =
-            |error| failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error);
         if memory > FREE_SHARED_MEMORY {
-            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            kernel.function.set_attribute(most, memory as i32).map_err(fail)?;
+            // all there is, since another thread may ask for more before this launch
+            let (most, own) = (
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            );
+            let own = kernel.function.get_attribute(own).map_err(|error| self.failed(error))?;
+            let all = shared_memory(self.device)? as i32 - own;
+            kernel.function.set_attribute(most, all).map_err(|error| self.failed(error))?;
         }
+        // SAFETY: the caller's promise.
+        unsafe { self.put(&kernel, &[&Packed(*argument)], memory as u32, together.then(all_at_once)) }
+    }
+
+    /// # Safety
+    /// As [`Launch::run`].
+    unsafe fn put(
+        &self,
+        kernel: &module::Kernel,
+        arguments: &[&dyn Argument],
+        memory: u32,
+        mut attribute: Option<sys::CUlaunchAttribute>,
+    ) -> Result<()> {
         let stream = self.device.cuda_stream();
-        stream.context().bind_to_thread().map_err(fail)?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { cooperative: 1 },
-        };
+        stream.context().bind_to_thread().map_err(|error| self.failed(error))?;
+        let mut arguments: Vec<_> = arguments.iter().map(|argument| argument.place()).collect();
         let [x, y, z] = self.grid.map(|n| n as u32);
         let config = sys::CUlaunchConfig {
             gridDimX: x,
@@ -86,14 +95,13 @@ impl Launch<'_> {
             blockDimX: self.threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: memory as u32,
+            sharedMemBytes: memory,
             hStream: stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: together as u32,
+            attrs: attribute.as_mut().map_or(std::ptr::null_mut(), |one| &raw mut *one),
+            numAttrs: attribute.is_some() as u32,
         };
-        let mut arguments = [(&raw const *argument).cast_mut().cast::<c_void>()];
-        // SAFETY: the configuration and the one argument live through the call, which copies them; the rest is the
-        // caller's promise.
+        // SAFETY: the configuration and the arguments live through the call, which copies them; the rest is the caller's
+        // promise.
         let result = unsafe {
             sys::cuLaunchKernelEx(
                 &config,
@@ -102,7 +110,29 @@ impl Launch<'_> {
                 std::ptr::null_mut(),
             )
         };
-        result.result().map_err(fail)
+        result.result().map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, error: DriverError) -> crate::Error {
+        failed(&format!("{}: kernel {}, grid {:?}", self.what, self.kernel, self.grid), error)
+    }
+}
+
+/// Of kernels whose blocks wait for each other.
+fn all_at_once() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { cooperative: 1 },
+    }
+}
+
+/// Of kernels that come while the one ahead of them ends; `take_turn` in `kernels/common/types.cuh` makes them wait for it.
+fn early() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
     }
 }
 
@@ -111,12 +141,12 @@ const FREE_SHARED_MEMORY: usize = 48 << 10;
 
 /// An argument of a kernel: a number, a pointer (`u64`) or a [`Packed`] struct.
 pub(crate) trait Argument {
-    /// Adds it to a launch.
-    fn push<'a>(&'a self, launch: &mut candle_core::cuda_backend::cudarc::driver::LaunchArgs<'a>);
+    /// Where it lies.
+    fn place(&self) -> *mut c_void;
 }
 
 impl<T: DeviceRepr> Argument for T {
-    fn push<'a>(&'a self, launch: &mut candle_core::cuda_backend::cudarc::driver::LaunchArgs<'a>) {
-        launch.arg(self);
+    fn place(&self) -> *mut c_void {
+        (&raw const *self).cast_mut().cast()
     }
 }

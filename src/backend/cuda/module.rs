@@ -73,11 +73,14 @@ impl Module {
     }
 }
 
-/// A kernel, and the dynamic shared memory its blocks need.
+/// A kernel.
 #[derive(Clone, Debug)]
 pub(super) struct Kernel {
     pub(super) function: CudaFunction,
+    /// The dynamic shared memory its blocks need.
     pub(super) memory: u32,
+    /// Whether it may be launched before the one ahead of it has ended: whether it was compiled to wait for that.
+    pub(super) early: bool,
 }
 
 #[derive(Default)]
@@ -124,7 +127,9 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str, dynamic: b
             function.set_attribute(most, memory as i32).map_err(|error| failed(name, error))?;
         }
     }
-    let kernel = Kernel { function, memory };
+    let compiled_for = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+    let compiled_for = function.get_attribute(compiled_for).map_err(|error| failed(name, error))?;
+    let kernel = Kernel { function, memory, early: compiled_for >= 90 };
     loaded.kernels.insert((ordinal, name.to_string()), kernel.clone());
     Ok(kernel)
 }

@@ -236,7 +236,7 @@ impl Saved {
             dynamic: false,
         };
         // SAFETY: the caller's promise.
-        unsafe { launch.run(arguments) }
+        unsafe { launch.run_early(arguments) }
     }
 
     fn forward<E: Element>(&self, plan: Plan) -> Result<(Buffer<E>, Buffer<f32>)> {

@@ -8,9 +8,7 @@ const COPIERS: usize = 4;
 const LANES: usize = 32;
 pub(super) const TILE: usize = 8;
 pub(super) const GROUP: usize = 64;
-const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 5..=10;
-/// From so many groups on Hopper copies parts of rows without the lanes.
-const BULK_GROUPS: usize = 8;
+const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 2..=10;
 const MOST_SLOTS: usize = 16;
 pub(super) const GRAIN: usize = 2;
 /// Threads of a block.
@@ -25,7 +23,7 @@ const LEAST_SLOTS: usize = 2;
 pub(super) struct Split {
     /// Multiprocessors, which share the outputs.
     pub(super) blocks: usize,
-    /// Groups of 64 bytes of a row that a slot of a warp's ring holds at most.
+    /// Groups of 64 bytes of a row that a slot of the ring holds for a warp at most.
     pub(super) slot_groups: usize,
 }
 
@@ -35,21 +33,24 @@ impl Split {
         GRAIN * outputs.div_ceil(GRAIN).div_ceil(self.blocks)
     }
 
-    /// Groups of a row of so many bytes in a slot.
+    /// Pieces that a row of so many bytes comes in.
+    pub(super) fn pieces(&self, bytes: usize) -> usize {
+        bytes.div_ceil(GROUP).div_ceil(WARPS).div_ceil(self.slot_groups)
+    }
+
+    /// Groups of a piece of it for each warp.
     fn size(&self, bytes: usize) -> usize {
-        let groups = bytes.div_ceil(GROUP).div_ceil(WARPS);
-        groups.div_ceil(groups.div_ceil(self.slot_groups))
+        bytes.div_ceil(GROUP).div_ceil(WARPS).div_ceil(self.pieces(bytes))
     }
 
-    /// Groups of a row of so many bytes for each warp.
+    /// Groups of the row for each warp.
     fn groups(&self, bytes: usize) -> usize {
-        let groups = bytes.div_ceil(GROUP).div_ceil(WARPS);
-        groups.div_ceil(self.slot_groups) * self.size(bytes)
+        self.pieces(bytes) * self.size(bytes)
     }
 
-    /// Bytes of a row for each warp.
+    /// Bytes of a piece for each warp.
     pub(super) fn part(&self, bytes: usize) -> usize {
-        self.groups(bytes) * GROUP
+        self.size(bytes) * GROUP
     }
 
     /// Bytes between a warp's parts of two rows.
@@ -57,8 +58,13 @@ impl Split {
         pitch(self.groups(bytes))
     }
 
+    /// Bytes of a slot that are a warp's where all have as many.
+    fn own_slot(&self) -> usize {
+        self.slot() / WARPS
+    }
+
     fn slot(&self) -> usize {
-        TILE * pitch(self.slot_groups)
+        TILE * pitch(WARPS * self.slot_groups)
     }
 }
 
@@ -80,7 +86,7 @@ pub(super) struct Needs {
     pub(super) heads: usize,
     /// What else there is, in bytes.
     pub(super) rooms: Vec<usize>,
-    /// The least bytes of a slot.
+    /// The least bytes of a warp's part of a slot.
     pub(super) slot: usize,
 }
 
@@ -124,19 +130,13 @@ impl Layout {
         layouts.max_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, layout)| layout)
     }
 
-    /// How fast a shape's weights come, by what an H200 has shown: groups of a warp on their way, up to as many as hide
-    /// their latency, less what copying short parts of rows costs, or having few slots, or warps with unequal parts.
+    /// How fast a shape's weights come, by what an H200 has shown: groups of a warp on their way, less that of the slot that
+    /// is being read, and less where warps have unequal parts.
     fn worth(&self, shape: &Shape, split: &Split) -> f64 {
         let bytes = shape.row_bytes as usize;
-        let size = split.size(bytes);
-        let ahead = (self.ring_slots * size).min(36) as f64;
-        let copies = match (size >= BULK_GROUPS, self.ring_slots >= 5) {
-            (true, true) => 1.0,
-            (true, false) => 0.8,
-            (false, _) => size as f64 / (size + 1) as f64,
-        };
+        let ahead = (self.ring_slots - 1) * split.size(bytes);
         let whole = bytes.div_ceil(GROUP).div_ceil(WARPS) as f64 / split.groups(bytes) as f64;
-        ahead * copies * whole
+        ahead as f64 * whole
     }
 
     fn with(plan: &Plan, rows: usize, split: &Split, needs: &Needs) -> Option<Self> {
@@ -150,7 +150,7 @@ impl Layout {
         rooms.extend([rows * needs.own * size_of::<f32>(); 2]);
         rooms.extend(&needs.rooms);
         let rest: usize = rooms.iter().map(|bytes| bytes.next_multiple_of(16)).sum();
-        let ring_slots = (plan.memory.checked_sub(rest + FIXED)? / (WARPS * split.slot())).min(MOST_SLOTS);
+        let ring_slots = (plan.memory.checked_sub(rest + FIXED)? / split.slot()).min(MOST_SLOTS);
         let layout = Self {
             own: needs.own,
             own_hidden,
@@ -159,9 +159,9 @@ impl Layout {
             x_bytes,
             ring_slots,
             slot_groups: split.slot_groups,
-            bytes: rest + ring_slots * WARPS * split.slot(),
+            bytes: rest + ring_slots * split.slot(),
         };
-        (ring_slots >= LEAST_SLOTS && needs.slot <= split.slot()).then_some(layout)
+        (ring_slots >= LEAST_SLOTS && needs.slot <= split.own_slot()).then_some(layout)
     }
 }
 
@@ -196,9 +196,10 @@ mod tests {
     #[test]
     fn an_h100_has_room_for_the_published_models() {
         let slots = |hidden, rows, element| slots(hidden, rows, element, 132, 227 << 10);
-        // long parts of rows in few slots, or short ones in many
-        assert_eq!(slots(2048, 1, 2), Some((5, 9)));
-        assert_eq!(slots(2560, 1, 2), Some((10, 5)));
+        // parts of equal length, in as many slots as can be
+        assert_eq!(slots(768, 1, 2), Some((16, 3)));
+        assert_eq!(slots(2048, 1, 2), Some((12, 4)));
+        assert_eq!(slots(2560, 1, 2), Some((9, 5)));
         assert!(slots(2560, 8, 2).is_some());
         // f32 activations of eight rows leave no room for weights
         assert_eq!(slots(2560, 8, 4), None);

@@ -1,6 +1,7 @@
 //! Models of Mamba blocks: `kernels/common/decode_mamba.cuh`.
 
 use super::super::super::{LanguageModel, MixerState};
+use super::MOST_ROWS;
 use super::blocks::{Blocks, Kernels, Places};
 use super::kernels::{Phase, Shape, Step};
 use super::layout::{GRAIN, GROUP, Layout, Needs, Split, TILE, WARPS, pitch};
@@ -19,14 +20,14 @@ const WIDEST_STATE: usize = 128;
 const ACCEPT_THREADS: usize = 128;
 const ACCEPT_NUMBERS: usize = 4;
 
-/// What a phase does: `enum Kind`.
+/// What a phase does: the kinds of `decode_phases.cuh` and `decode_mamba.cuh`.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
+    Add,
+    Head,
     Mix,
     Select,
     State,
-    Add,
-    Head,
 }
 
 /// `struct MambaPhase`
@@ -118,8 +119,10 @@ impl Sizes {
             // a recurrence has all of its products at once, what else there is takes turns
             tiles: own.div_ceil(TILE),
             x: split.pitch(self.channels * element),
-            // with what the last warp reads behind the end
-            rooms: vec![rows * pitch(selected + selected / WARPS)],
+            // what was selected is read as one piece
+            slot: if split.pieces(self.padded_rank(element) * element) > 1 { usize::MAX } else { 0 },
+            // with what the last warp reads behind the end; slots
+            rooms: vec![rows * pitch(selected + selected / WARPS), MOST_ROWS * size_of::<i32>()],
             ..Needs::default()
         }
     }

@@ -24,15 +24,15 @@ const EACH: usize = 6;
 const ACCEPT_THREADS: usize = 128;
 const ACCEPT_NUMBERS: usize = 4;
 
-/// What a phase does: `enum Kind`.
+/// What a phase does: the kinds of `decode_phases.cuh` and `decode_retnet.cuh`.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
+    Add,
+    Head,
     Query,
     Value,
     Retain,
-    Add,
     Up,
-    Head,
 }
 
 /// `struct RetNetPhase`

@@ -74,7 +74,7 @@ impl Sizes {
         let [own, own_inner] = [split.own(values), split.own(self.inner)];
         // heads that so many channels in a row belong to at most
         let heads = |channels: usize| ((channels + c.head_value - 2) / c.head_value + 1).min(c.heads);
-        let most_heads = heads(split.part(values * element) / element);
+        let most_heads = split.pieces(values * element) * heads(split.part(values * element) / element);
         let queries = heads(own) * 2 * c.head_key * element;
         Needs {
             own,
@@ -88,8 +88,7 @@ impl Sizes {
             rooms: vec![
                 WARPS * rows * most_heads * size_of::<f32>(),
                 c.heads * size_of::<f32>(),
-                super::super::MOST_ROWS * size_of::<u32>(),
-                super::super::MOST_ROWS * size_of::<u32>(),
+                2 * super::super::MOST_ROWS * size_of::<u32>(),
             ],
             slot: c.head_key * size_of::<f32>(),
         }
