@@ -4,7 +4,7 @@
 
 constexpr int LANES = 32;
 constexpr int WARPS = 8;   // that multiply
-constexpr int COPIERS = 4; // warps that copy weights for them
+constexpr int COPIERS = 4; // warps that copy weights for them, or say what will be needed
 constexpr int THREADS = WARPS * LANES;
 constexpr int MOST_ROWS = 8;
 
