@@ -8,16 +8,14 @@
 // there (decode.cuh).
 //
 // All phases share one loop (decode_loop.cuh), and so the code of what they have in common: a program that goes in circles
-// has to stay in the instruction cache. (With products, norms and sums written out for every kind of phase, 45 KB a layer
-// instead of 34, warps waited for instructions 11 % of the time instead of 4.) Registers: 160 for one row, 168 (all there
-// are) for more. Shared memory: what there is.
+// has to stay in the instruction cache. Registers: 160 for one row, 168 (all there are) for more. Shared memory: what there is.
 //
-// Bytes: the weights, once; all else is small. On an H200 (a copy: 4.27 TB/s) one row takes 0.267 ms in a model of 130m
+// Bytes: the weights, once; all else is small. On an H200 (a copy: 4.27 TB/s) one row takes 0.265 ms in a model of 130m
 // parameters, 0.91 of 1.4b (71 % of what its weights take at the rate of a copy), 1.78 of 2.8b (73 %), the kernel alone. What
-// limits: a phase costs 2 us beside its weights (130m), a third of it the way of the words, the rest instructions one after
-// the other; three phases of a layer have too few weights to hide that behind, and a ring is full after 5 us. Slower: rings
-// of the warps' own (0.283, 0.90, 1.77: bulk copies of 320 bytes come at one in 33 cycles, four warps that copy 16 bytes a lane
-// take issue slots), two pieces of a row at once (0.281, 0.94, 1.81).
+// limits: instructions one after the other in every phase (130m: without waiting for any word the kernel had taken 0.276
+// instead of 0.320 ms when it was first timed so), and three phases of a layer whose weights are too few to hide that behind.
+// Rings of the warps' own take 0.283, 0.90 and 1.77: better by a hundredth for the large models, worse by six for the small
+// one. Bulk copies of 320 bytes, a warp's part of a row, come at one in 33 cycles.
 #include "common/decode_mamba.cuh"
 
 DECODE_KERNELS(decode_mamba, Mamba)

@@ -7,8 +7,8 @@
 //! `compute-sanitizer --tool memcheck <executable> sanitizer:: --test-threads=1`, and so with racecheck and initcheck (with
 //! more threads racecheck loses sight of launches). Racecheck reports the ring of weights in `sanitizer::decoding`: there it
 //! counts a wait on a barrier in shared memory for nothing. Of a ring of two warps alone, copied to in any way, it reports the
-//! same with the waits and without. Initcheck reports `a_step_of_training` and `a_retnet`, candle's kernels among the others:
-//! what they read has been written by cuBLAS. Synccheck has no room for the ring's barriers, and does not end there.
+//! same with the waits and without. Initcheck reports `a_step_of_training` and `a_retnet`, where candle's kernels are among
+//! those reported; most likely what cuBLAS wrote, which was not shown. Synccheck has no room for the ring's barriers, and does not end there.
 
 #[cfg(feature = "cuda")]
 mod agree;
