@@ -30,6 +30,18 @@ template <int FIRST, int LAST, typename F> __device__ __forceinline__ void among
         among<(FIRST + LAST) / 2 + 1, LAST>(n, f);
 }
 
+// A number found here, before a phase's inputs are there, and not where it is needed, when they are.
+__device__ __forceinline__ void known(int &x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void known(uint32_t &x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void known(float &x) { asm volatile("" : "+f"(x)); }
+// A place in shared memory, found once: else every use of it asks where the block's memory begins, which takes longer than
+// to read there.
+template <typename T> __device__ __forceinline__ T *found(T *x) {
+    asm volatile("" : "+l"(x));
+    __builtin_assume(__isShared(x));
+    return x;
+}
+
 __device__ __forceinline__ int lane_of() { return threadIdx.x % LANES; }
 __device__ __forceinline__ int warp_of() { return threadIdx.x / LANES; }
 // All warps that multiply.
@@ -103,12 +115,16 @@ struct Unchanged {
     __device__ void begin() {}
     __device__ uint2 operator()(int, uint2 pair) const { return pair; }
 };
-// Pairs of words as soon as all of them are there; those that are not asked for mean nothing. SIGN: they are many, and waiting
-// for all would keep L2 busy: one is as good a sign that its neighbours are close.
-template <bool SIGN, int COUNT>
+constexpr int AT_ONCE = 5;    // pairs of numbers that a lane has in registers
+constexpr int NEAR_PAIRS = 2; // of a lane, which have code of their own
+
+// Pairs of words as soon as all of them are there; those that are not asked for mean nothing. Waiting for all of many would
+// keep L2 busy: one is as good a sign that its neighbours are close.
+template <int COUNT>
 __device__ __forceinline__ void await(Words (&w)[COUNT], const Word *const (&from)[COUNT], const bool (&has)[COUNT],
                                       uint32_t mark) {
-    if (SIGN && has[0])
+    constexpr bool ARE_MANY = COUNT > AT_ONCE;
+    if (ARE_MANY && has[0])
         while (mark_of(peek(from[0])) != mark) {}
     bool missing[COUNT];
 #pragma unroll
@@ -123,10 +139,9 @@ __device__ __forceinline__ void await(Words (&w)[COUNT], const Word *const (&fro
             missing[m] = missing[m] && (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark);
             some = some || missing[m];
         }
-        if (COUNT > 5 && some) __nanosleep(100);
+        if (ARE_MANY && some) __nanosleep(100);
     }
 }
-constexpr int NEAR_PAIRS = 2; // of a lane, for which no sign is needed
 
 // The warp's pairs of a row of words, of `end` in all, the eight bytes of each pair to their place in shared memory; zeros
 // behind the end of the row.
@@ -145,7 +160,7 @@ __device__ __forceinline__ void receive(const Word *row, const Rows &rows, const
             from[m] = row + 2 * at, has[m] = i < count && at < end;
         }
         if (start == rows.begin) change.begin();
-        await<(MOST > NEAR_PAIRS)>(w, from, has, mark);
+        await(w, from, has, mark);
 #pragma unroll
         for (int m = 0; m < MOST; ++m) {
             int i = start + m * rows.lanes;
@@ -154,7 +169,7 @@ __device__ __forceinline__ void receive(const Word *row, const Rows &rows, const
             if (i < count) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
         }
     };
-    if (COUNT <= 5 && pairs.count <= NEAR_PAIRS * rows.lanes)
+    if (COUNT <= AT_ONCE && pairs.count <= NEAR_PAIRS * rows.lanes)
         some(Is<NEAR_PAIRS>(), rows.begin);
     else
 #pragma unroll 1

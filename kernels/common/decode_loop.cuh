@@ -10,7 +10,7 @@
 //   is_whole(kind)    whether a phase does its own work behind its products, all of which it then has at once
 //   make_rooms        its rooms in shared memory
 //   begin, prepare    loads for a whole phase, for a task of another
-//   take              its inputs, in shared memory: where they lie, and how far apart its rows are
+//   input, take       where its inputs lie in shared memory; brings them there
 //   products          with the weights
 //   finish, end       what becomes of a task's products, and of a phase's
 //   Source            copies a phase's weights for two warps
@@ -106,6 +106,7 @@ __device__ void copy(const typename F::Step &p, const Weights *weights, const Sh
             for (int part = hinter; part < F::HINTS; part += HINTERS)
                 F::hints(p, static_cast<const typename F::Phase *>(p.phases)[later], shares[weights[later].shape], part);
         if (i < 0 || !fills) continue;
+        if (i + 1 == p.count) source.most = ring.size; // no words behind these weights
         Share share = Share::load(shares[weights[i].shape]);
         if (share.count > 0) source.copy(weights[i], share);
         if (warp == 0 && lane_of() == 0) *done = i + 1;
@@ -117,12 +118,14 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     using Phase = typename F::Phase;
     using E = typename F::Element;
     extern __shared__ __align__(128) char bytes[];
-    __shared__ alignas(16) float row_sums[2][WARPS][MOST_ROWS];
-    __shared__ Phase phases[NEAR];
+    __shared__ alignas(16) float sums_of_rows[2][WARPS][MOST_ROWS];
+    __shared__ Phase near_phases[NEAR];
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
     __shared__ uint64_t flag_words[Ring::FLAGS];
     __shared__ int copied; // phases
-    Share *shares = reinterpret_cast<Share *>(share_bytes);
+    float (*row_sums)[WARPS][MOST_ROWS] = found(sums_of_rows);
+    Phase *phases = found(near_phases);
+    Share *shares = reinterpret_cast<Share *>(found(share_bytes));
     char *free = bytes + p.ring_slots * p.slot_bytes();
     auto room = [&](int size) {
         char *own = free;
@@ -131,6 +134,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     };
     int warp = warp_of();
     uint32_t slots = shared_address(bytes), flags = shared_address(flag_words);
+    known(slots), known(flags);
     Weights *weights = reinterpret_cast<Weights *>(room(p.count * sizeof(Weights)));
     const uint4 *all_weights = reinterpret_cast<const uint4 *>(p.weights);
 #pragma unroll 1
@@ -187,8 +191,9 @@ template <typename F> __device__ void run(const typename F::Step &p) {
             f.begin(phase, share, ahead);
         else if (warp * LANES < tasks)
             find(threadIdx.x, 0, tiles);
+        Product<E, F::IS_MANY> product(share, f.input(kind, share), f.rows());
         if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
-        Input input = f.take(phase, share);
+        f.take(kind, phase, share);
         // as many tiles at a time as there is room for
         int first = 0;
 #pragma unroll 1
@@ -197,7 +202,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
             f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
             round ^= 1;
             if (warp < share.warps)
-                f.products(kind, ring, phase, share, input, tiles);
+                f.products(kind, ring, phase, share, product, tiles);
             else
                 ring.skip(tiles * share.pieces);
             keep_phase(i + 1, later);
@@ -211,7 +216,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
                 F::with(kind, [&](auto kind) { f.finish(kind, phase, share, task, ahead); });
             }
         } while ((first += most_tiles) < share.all_tiles);
-        f.end(phase, share, ahead);
+        f.end(kind, phase, share, ahead);
     }
     if (p.chosen) {
         meet();

@@ -57,34 +57,25 @@ __device__ __forceinline__ void hint(const void *from, int bytes) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(from) + min(at, bytes - 1)));
 }
 
-// The products' sum that begins at `at`, over the warps.
-__device__ __forceinline__ float sum_of(const Share &share, const float *at) {
+// The sum of the warps' parts, `apart` numbers from each other.
+__device__ __forceinline__ float sum_of_warps(const Share &share, const float *at, int apart) {
     float part[WARPS];
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) part[w] = w < share.warps ? at[w * TILE] : 0.0f;
-#pragma unroll
-    for (int w = 1; w < WARPS; ++w) part[0] += part[w];
-    return part[0];
+    for (int w = 0; w < WARPS; ++w) part[w] = w < share.warps ? at[w * apart] : 0.0f;
+    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
-
-constexpr int AT_ONCE = 5; // pairs of numbers that a lane has in registers
-
-// A warp's inputs of a phase in shared memory, rows `pitch` apart.
-struct Input {
-    uint32_t at;
-    int pitch;
-};
+static_assert(WARPS == 8, "as many parts");
 
 // A block's memory and what it knows throughout a step. With many rows, words come in larger groups.
 template <typename E, bool MANY> struct Block {
+    static constexpr bool IS_MANY = MANY;
     static constexpr int WORDS = MANY ? 2 * AT_ONCE : AT_ONCE;
     const Step &p;
     float (*row_sums)[WARPS][MOST_ROWS]; // [2], used in turn, so that one barrier is enough
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
-    char *x;                             // the warp's own activations, rows `pitch` apart
-    int pitch;
+    char *x;                             // the warp's own activations
 
     __device__ char *all_x() const { return x - warp_of() * p.x_bytes; } // those of all warps
     __device__ int rows() const { return MANY ? p.rows : 1; }
@@ -95,13 +86,17 @@ template <typename E, bool MANY> struct Block {
         E e = static_cast<const E *>(p.embedding)[int64_t(p.ids[row]) * p.hidden + k];
         return p.embedding_scale == 1.0f ? widen(e) : widen(narrow<E>(widen(e) * p.embedding_scale));
     }
+    // Where a phase's inputs lie, which are elements as they come, or norms in the place of the numbers of the stream.
+    __device__ Input input_of(const Share &share, bool norms) const {
+        return {shared_address(x), pitch_of(share.groups * (MANY && norms ? 4 / int(sizeof(E)) : 1))};
+    }
     // The warp's own elements, as the products take them.
     template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, F &&change = F()) {
         Rows rows(this->rows());
         int row_pairs = words_of<E>(phase.width) / 2;
-        pitch = pitch_of(share.groups);
         receive<WORDS>(p.copies.own(phase.from) + 2 * int64_t(rows.own) * row_pairs, rows,
-                       Pairs(share.size * (GROUP / 8), share.pieces), row_pairs, mark - 1, x + rows.own * pitch, change);
+                       Pairs(share.size * (GROUP / 8), share.pieces), row_pairs, mark - 1,
+                       x + rows.own * input_of(share, false).pitch, change);
         __syncwarp();
     }
     // Pairs of the stream's numbers that the warp has the norms of.
@@ -121,6 +116,10 @@ template <typename E, bool MANY> struct Block {
     // One row, of which a lane has COUNT pairs at most.
     template <int COUNT> __device__ void take_norm_once(const Norm &norm, const Share &share, bool first) {
         Pairs pairs = stream_pairs(share);
+        int layer = norm.layer, outside = norm.outside, left = pairs.count - lane_of();
+        float eps = norm.eps;
+        uint32_t to = shared_address(x) + lane_of() * int(sizeof(Pack<E, 2>));
+        known(layer), known(outside), known(left), known(eps), known(to);
         float2 weight[COUNT], bias[COUNT], value[COUNT]; // parameters on their way while the stream is not there
         const Word *from[COUNT];
         bool has[COUNT];
@@ -137,7 +136,7 @@ template <typename E, bool MANY> struct Block {
         }
         if (!first) {
             Words w[COUNT];
-            await<(COUNT > NEAR_PAIRS)>(w, from, has, mark - 1);
+            await(w, from, has, mark - 1);
 #pragma unroll
             for (int m = 0; m < COUNT; ++m)
                 if (has[m]) value[m] = {__uint_as_float(uint32_t(w[m].at[0])), __uint_as_float(uint32_t(w[m].at[1]))};
@@ -153,30 +152,24 @@ template <typename E, bool MANY> struct Block {
             float *sums = row_sums[pass][0];
             if (lane_of() == 0) sums[warp_of()] = sum;
             meet();
-            Pack<float, WARPS> all = *reinterpret_cast<const Pack<float, WARPS> *>(sums);
-            sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w)
-                if (w < share.warps) sum += all.at[w];
-            return sum * each;
+            return sum_of_warps(share, sums, 1) * each;
         };
-        if (norm.layer) {
+        if (layer) {
             mean = mean_of(0, [](float2 v) { return v.x + v.y; });
 #pragma unroll
             for (int m = 0; m < COUNT; ++m) value[m].x -= mean, value[m].y -= mean;
         }
         square = mean_of(1, [](float2 v) { return fmaf(v.x, v.x, v.y * v.y); });
-        float scale = norm.outside ? 1.0f / (sqrtf(square) + norm.eps) : rsqrtf(square + norm.eps);
+        float scale = outside ? 1.0f / (sqrtf(square) + eps) : rsqrtf(square + eps);
         auto normed = [&](float v, float weight, float bias) {
             float n = v * scale;
-            return narrow<E>(fmaf(norm.layer ? n : widen(narrow<E>(n)), weight, bias));
+            return narrow<E>(fmaf(layer ? n : widen(narrow<E>(n)), weight, bias));
         };
 #pragma unroll
         for (int m = 0; m < COUNT; ++m) {
-            int i = lane_of() + m * LANES;
-            if (i < pairs.count)
-                reinterpret_cast<Pack<E, 2> *>(x)[i] = {normed(value[m].x, weight[m].x, bias[m].x),
-                                                        normed(value[m].y, weight[m].y, bias[m].y)};
+            if (m * LANES < left)
+                store_shared(to + m * LANES * int(sizeof(Pack<E, 2>)),
+                             Pack<E, 2>{normed(value[m].x, weight[m].x, bias[m].x), normed(value[m].y, weight[m].y, bias[m].y)});
         }
         __syncwarp();
     }
@@ -184,7 +177,6 @@ template <typename E, bool MANY> struct Block {
         Rows rows(this->rows());
         Pairs pairs = stream_pairs(share);
         int end = p.hidden / 2, count = pairs.count;
-        pitch = pitch_of(share.groups * 4 / int(sizeof(E)));
         float2 weight[AT_ONCE]; // on its way while the stream is not there
         auto load_weights = [&](int start) {
 #pragma unroll
@@ -195,7 +187,7 @@ template <typename E, bool MANY> struct Block {
         };
         load_weights(rows.begin);
         // a lane's numbers lie where it left them
-        char *own = x + rows.own * pitch;
+        char *own = x + rows.own * input_of(share, true).pitch;
         if (!rows.live) end = 0;
         if (!first)
             receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden, rows, pairs, end, mark - 1, own);
@@ -222,11 +214,7 @@ template <typename E, bool MANY> struct Block {
             for (int step = rows.lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
             if (rows.begin == 0 && rows.live) row_sums[pass][warp_of()][rows.own] = sum;
             meet();
-            sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w)
-                if (w < share.warps) sum += row_sums[pass][w][rows.own % MOST_ROWS];
-            scale = sum / p.hidden;
+            scale = sum_of_warps(share, &row_sums[pass][0][rows.own % MOST_ROWS], MOST_ROWS) / p.hidden;
             mean = pass ? mean : scale;
         }
         scale = 1.0f / (norm.outside ? sqrtf(scale) + norm.eps : sqrtf(scale + norm.eps));
@@ -309,7 +297,7 @@ template <bool MANY> struct Task {
     __device__ float value(const Share &share, int t) const { return MANY ? value_of(share, t) : found; }
     // In the row of token t. Nothing where there is no output.
     __device__ float value_of(const Share &share, int t) const {
-        float value = sum_of(share, sum + t * WARPS * TILE) + bias;
+        float value = sum_of_warps(share, sum + t * WARPS * TILE, TILE) + bias;
         return live ? value : 0.0f;
     }
 };

@@ -15,6 +15,21 @@ __device__ __forceinline__ uint32_t load_word(uint32_t from) {
     return v;
 }
 
+template <typename T> __device__ __forceinline__ void store_shared(uint32_t to, const T &x) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    const uint32_t *bits = reinterpret_cast<const uint32_t *>(&x);
+    if constexpr (sizeof(T) == 4)
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(bits[0]) : "memory");
+    else
+        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(bits[0]), "r"(bits[1]) : "memory");
+}
+
+// A warp's inputs of a phase in shared memory, rows `pitch` apart.
+struct Input {
+    uint32_t at;
+    int pitch;
+};
+
 // Sums of a tile: outputs times rows.
 //
 // A lane's 16 bytes of weights are the operand A of one product of tensor cores as they lie: its rows are the tile's outputs
@@ -145,34 +160,42 @@ __device__ __forceinline__ void multiply_slots(Ring &ring, T (&tile)[COUNT], uin
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) ring.release();
 }
-// The products of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. x: the warp's own part of the
-// activations, rows `pitch` apart. A number of groups in a slot has code of its own.
-template <typename E, bool MANY>
-__device__ void multiply(Ring &ring, const Share &share, uint32_t x, int pitch, int rows, int tiles, float *sums) {
-    Tile<E, MANY> tile[1] = {{x, pitch, rows}};
-    int size = share.size * GROUP, bytes = share.groups * GROUP;
-    uint32_t own = lane_of() / 4 * pitch_of(WARPS * share.size) + warp_of() * size + lane_of() % 4 * UNIT;
-    sums += warp_of() * TILE;
-    among<1, MOST_GROUPS>(share.size, [&](auto n) {
-        constexpr int N = decltype(n)::value, AT_ONCE = MANY || sizeof(E) == 4 ? 1 : N <= 3 ? 4 : N <= 8 ? 2 : 1;
-        if constexpr (AT_ONCE > 1) {
-            // their slots must all be there
+// A phase's products: what of them does not depend on its inputs, which they will be with.
+template <typename E, bool MANY> struct Product {
+    Tile<E, MANY> tile[1];
+    int groups, size, bytes; // of a slot, bytes of the warp's part of it, and of all slots of a tile
+    uint32_t own;            // where the lane's part begins in a slot
+
+    __device__ Product(const Share &share, const Input &x, int rows)
+        : tile{{x.at, x.pitch, rows}}, groups(share.size), size(share.size * GROUP), bytes(share.groups * GROUP) {
+        own = lane_of() / 4 * pitch_of(WARPS * share.size) + warp_of() * size + lane_of() % 4 * UNIT;
+        known(groups), known(size), known(bytes), known(own);
+    }
+    // Of some tiles: sums [tiles, rows, WARPS, TILE] of the warps that have a part. A number of groups in a slot has code of
+    // its own.
+    __device__ __forceinline__ void multiply(Ring &ring, int rows, int tiles, float *sums) {
+        sums += warp_of() * TILE;
+        among<1, MOST_GROUPS>(groups, [&](auto n) {
+            constexpr int N = decltype(n)::value, AT_ONCE = MANY || sizeof(E) == 4 ? 1 : N <= 3 ? 4 : N <= 8 ? 2 : 1;
+            if constexpr (AT_ONCE > 1) {
+                // their slots must all be there
 #pragma unroll 1
-            for (; tiles >= AT_ONCE && size == bytes && ring.size >= AT_ONCE; tiles -= AT_ONCE) {
-                Tile<E, MANY> some[AT_ONCE];
+                for (; tiles >= AT_ONCE && size == bytes && ring.size >= AT_ONCE; tiles -= AT_ONCE) {
+                    Tile<E, MANY> some[AT_ONCE];
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i) some[i] = tile[0], some[i].clear();
-                multiply_slots<N>(ring, some, own, 0);
+                    for (int i = 0; i < AT_ONCE; ++i) some[i] = tile[0], some[i].clear();
+                    multiply_slots<N>(ring, some, own, 0);
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i, sums += WARPS * TILE) some[i].store(sums, 1);
+                    for (int i = 0; i < AT_ONCE; ++i, sums += WARPS * TILE) some[i].store(sums, 1);
+                }
             }
-        }
 #pragma unroll 1
-        for (; tiles > 0; --tiles, sums += rows * WARPS * TILE) {
-            tile[0].clear();
+            for (; tiles > 0; --tiles, sums += rows * WARPS * TILE) {
+                tile[0].clear();
 #pragma unroll 1
-            for (int done = 0; done < bytes; done += size) multiply_slots<N>(ring, tile, own, done);
-            tile[0].store(sums, rows);
-        }
-    });
-}
+                for (int done = 0; done < bytes; done += size) multiply_slots<N>(ring, tile, own, done);
+                tile[0].store(sums, rows);
+            }
+        });
+    }
+};

@@ -176,10 +176,10 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         }
     };
 
-    __device__ Input take(const Phase &phase, const Share &share) {
-        if (phase.kind == RETAIN) take_queries(share);
-        if (phase.kind == ADD && warp_of() < share.warps) Base::take(phase, share, Scaling(*this, phase, share));
-        return {shared_address(this->x), this->pitch};
+    __device__ Input input(int kind, const Share &share) const { return this->input_of(share, kind != ADD); }
+    __device__ void take(int kind, const Phase &phase, const Share &share) {
+        if (kind == RETAIN) take_queries(share);
+        if (kind == ADD && warp_of() < share.warps) Base::take(phase, share, Scaling(*this, phase, share));
     }
 
     // States of the sequences' channels through the ring, and q S behind every token in the place of v.
@@ -240,11 +240,11 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
             }
         }
     }
-    __device__ void products(int kind, Ring &ring, const Phase &phase, const Share &share, const Input &input, int tiles) {
+    __device__ void products(int kind, Ring &ring, const Phase &phase, const Share &share, Product<E, MANY> &product, int tiles) {
         if (kind == RETAIN)
             retain(ring, phase, share);
         else
-            multiply<E, MANY>(ring, share, input.at, input.pitch, this->rows(), tiles, this->sums);
+            product.multiply(ring, this->rows(), tiles, this->sums);
     }
 
     // Whole warps, for words of two lanes and for pairs.
@@ -309,7 +309,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         for (int t = 0; t < this->tokens(); ++t, to += p.inner / PACK<E>, second += WARPS * TILE) {
             float u = widen(narrow<E>(task.value(share, t)));
             if (live && share.segments > 1)
-                u *= activated(phase.activation, widen(narrow<E>(sum_of(share, second) + ahead.bias)));
+                u *= activated(phase.activation, widen(narrow<E>(sum_of_warps(share, second, TILE) + ahead.bias)));
             else
                 u = activated(phase.activation, u);
             float next = __shfl_down_sync(~0u, u, 1);
@@ -317,8 +317,8 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         }
     }
     // Sums of squares of the block's part of each head.
-    __device__ void end(const Phase &phase, const Share &share, Ahead &) {
-        if (phase.kind != RETAIN) return;
+    __device__ void end(int kind, const Phase &, const Share &share, Ahead &) {
+        if (kind != RETAIN) return;
         meet();
         Divide by(p.value);
         int first = by(share.first), heads = by(share.first + share.count - 1) - first + 1;

@@ -4,6 +4,9 @@
 // and what it found is added up in the order of the warps. Weights depend on nothing, so that other warps copy them
 // through all phases in order, as far ahead as the ring of slots goes. A slot has a tile's rows, or a piece of each where
 // they are long, and a warp its part of the piece: so rows are copied as they lie, in as few and as large copies as can be.
+//
+// A whole ring on its way at once would be in the way of the activations' words, which the memory then answers thousands of
+// cycles late; the rate of a stream needs no more than FLYING.
 #pragma once
 #include "decode.cuh"
 
@@ -13,6 +16,7 @@ constexpr int GROUP = 4 * UNIT; // bytes of a row in a step of products: those o
 constexpr int MOST_GROUPS = 10; // in a slot, of a row, for a warp
 constexpr int MOST_SLOTS = 16;
 constexpr int GRAIN = 2; // outputs are shared by the blocks in pairs
+constexpr int FLYING = 64 << 10; // bytes of slots on their way, while words are waited for
 
 // `segments` matrices of `outputs` rows, all shared by the blocks alike; the first block's share goes to block `turn`.
 struct Shape {
@@ -92,7 +96,7 @@ __device__ __forceinline__ void raise_flag(uint32_t flag) {
 __device__ __forceinline__ void raise_flag_behind_copies(uint32_t flag) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(flag) : "memory");
 }
-// Hopper copies without the lanes: one of its copiers is enough.
+// Hopper copies without the lanes. A warp asks for one in 120 cycles, whatever its size: two of the copiers are enough.
 #if __CUDA_ARCH__ >= 900
 constexpr bool BULK = true;
 // By one lane, behind so many bytes of bulk copies.
@@ -109,7 +113,7 @@ constexpr bool BULK = false;
 __device__ __forceinline__ void raise_flag_behind_bytes(uint32_t, int) {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const char *, int, uint32_t, uint64_t) {}
 #endif
-constexpr int FILLERS = BULK ? 1 : COPIERS; // warps that copy
+constexpr int FILLERS = BULK ? 2 : COPIERS; // warps that copy
 __device__ __forceinline__ bool is_raised(uint32_t flag, int parity) {
     uint32_t done;
     asm volatile("{ .reg .pred p; "
@@ -139,7 +143,7 @@ struct Ring {
     static constexpr int FLAGS = 2 * MOST_SLOTS;
     // Makes flag `i` ready for those who fill slots, or for those who have read them.
     static __device__ void begin(uint32_t flags, int i) {
-        begin_flag(flags + i * FLAG, i >= MOST_SLOTS ? WARPS : BULK ? 1 : FILLERS * LANES);
+        begin_flag(flags + i * FLAG, i >= MOST_SLOTS ? WARPS : BULK ? FILLERS : FILLERS * LANES);
     }
 
     __device__ uint32_t slot() const { return slots + next * bytes; }
@@ -162,36 +166,42 @@ struct Ring {
     }
 };
 
-// Fills slots of a ring; one of FILLERS warps.
+// Fills slots of a ring; one of FILLERS warps, which share a slot's pieces.
 struct Filler {
     Ring &ring;
-    int warp;
+    Ring oldest; // of the slots on their way
+    int warp, flying = 0, most;
     uint64_t policy; // weights come once a step: they leave L2 to what stays
 
-    __device__ Filler(Ring &ring, int warp) : ring(ring), warp(warp) {
+    __device__ Filler(Ring &ring, int warp)
+        : ring(ring), oldest(ring), warp(warp), most(min(ring.size, max(1, FLYING / ring.bytes))) {
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
     // Fills the next slot with `count` pieces, `pitch` apart, the i-th of which is place(i): where it lies, and how many bytes
     // of it, at most `whole`, are there. ZEROS: what is not there shall be zero.
     template <bool ZEROS, typename F> __device__ void fill(int count, int pitch, int whole, F &&place) {
+        if (flying < most)
+            ++flying;
+        else
+            oldest.wait_full(), oldest.turn();
         ring.wait_empty();
         uint32_t slot = ring.slot(), flag = ring.full + ring.next * Ring::FLAG;
         if (BULK) {
-            int bytes = 0;
+            int bytes = 0, own = warp + lane_of() * FILLERS;
+            uint32_t to = slot + own * pitch;
             const char *from = nullptr;
-            if (lane_of() < count) from = place(lane_of(), bytes);
-            if (ZEROS && lane_of() < count && bytes < whole) {
+            if (own < count) from = place(own, bytes);
+            if (ZEROS && own < count && bytes < whole) {
 #pragma unroll 1
                 for (int at = bytes; at < whole; at += UNIT)
-                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(slot + lane_of() * pitch + at), "r"(0)
-                                 : "memory");
+                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + at), "r"(0) : "memory");
                 fence_bulk();
             }
             __syncwarp();
             int all = __reduce_add_sync(~0u, bytes);
             if (lane_of() == 0) raise_flag_behind_bytes(flag, all);
             __syncwarp();
-            if (bytes > 0) copy_bulk(slot + lane_of() * pitch, from, bytes, flag, policy);
+            if (bytes > 0) copy_bulk(to, from, bytes, flag, policy);
         } else {
 #pragma unroll 1
             for (int i = warp; i < count; i += FILLERS) {

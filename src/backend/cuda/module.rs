@@ -32,7 +32,6 @@ pub(crate) enum Module {
     RetentionHopperF16,
     RetentionCarry,
     RetentionStep,
-    RetentionPool,
     Training,
     Embedding,
 }
@@ -66,7 +65,6 @@ impl Module {
             Self::RetentionHopperF16 => embedded!("retention_hopper_f16"),
             Self::RetentionCarry => embedded!("retention_carry"),
             Self::RetentionStep => embedded!("retention_step"),
-            Self::RetentionPool => embedded!("retention_pool"),
             Self::Training => embedded!("training"),
             Self::Embedding => embedded!("embedding"),
         }

@@ -326,8 +326,10 @@ impl Fused {
                 return Ok(());
             }
             Some(None) => {
-                let graph = Graph::record(&self.device, what, || self.enqueue(shape))?;
-                self.graphs.insert(shape, Some(graph));
+                // what another thread does may spoil a recording: this step then goes without, and the next one tries again
+                if let Ok(graph) = Graph::record(&self.device, what, || self.enqueue(shape)) {
+                    self.graphs.insert(shape, Some(graph));
+                }
             }
             Some(Some(_)) => {}
         }

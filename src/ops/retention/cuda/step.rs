@@ -1,19 +1,17 @@
-//! The kernels of steps: from states to new ones (`retention_step.cu`), and through those of a pool (`retention_pool.cu`).
+//! The kernel of steps, `retention_step.cu`: from states to new ones, and through those of a pool.
 
 use super::call::{Arguments, Launcher, Walk};
 use super::plan;
 use crate::backend::cuda::{Element, Launch, Module, Packed};
 use crate::{Error, Result};
 
-/// Values of a block of either kernel.
+/// Values of a block.
 const VALUES: usize = 32;
-/// Threads of a block of `retention_step.cu`.
-const THREADS: u32 = 512;
-/// Keys of a thread of `retention_pool.cu`, and how many threads share them.
+/// Keys of a thread, and how many threads share them.
 const KEYS: usize = 8;
 const ACROSS: usize = 8;
 
-/// What a call through a pool does: `enum Mode` of `retention_pool.cu`.
+/// What a call through a pool does: `enum Mode` of `retention_step.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     /// Its tokens stay.
@@ -24,7 +22,7 @@ pub(super) enum Mode {
     Fold = 2,
 }
 
-/// `struct Pool` of `retention_pool.cu`.
+/// `struct Pool` of `retention_step.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Slots {
@@ -38,7 +36,7 @@ pub(super) struct Slots {
     pub(super) mode: i32,
 }
 
-/// `struct Step` of `retention_pool.cu`.
+/// `struct Step` of `retention_step.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Step {
@@ -47,42 +45,24 @@ struct Step {
 }
 
 impl Launcher<'_> {
-    /// A step from the states of `arguments` to new ones.
+    /// A step of sequences of `E` through states of `S`: a pool's, or with no slots from those of `arguments` to new ones.
     ///
     /// # Safety
-    /// The pointers of `arguments` lead to what its sizes say.
-    pub(super) unsafe fn step<E: Element>(&self, walk: &Walk, arguments: Arguments) -> Result<()> {
-        let (room, grid) = layout(walk)?;
-        let kernel = &format!("retention_step_{}_{room}", E::NAME);
-        let (what, device, module) = (self.what, self.device, Module::RetentionStep);
-        let launch = Launch { what, device, module, kernel, grid, threads: THREADS, dynamic: false };
-        // SAFETY: the kernel takes one `Retention`; the caller vouches for what it points at.
-        unsafe { launch.run(&[&Packed(arguments)]) }
-    }
-
-    /// A step of sequences of `E` through a pool's states of `S`.
-    ///
-    /// # Safety
-    /// As [`Launcher::step`], for `slots` too; and every slot is one of the pool, at most once.
-    pub(super) unsafe fn step_of_pool<E: Element, S: Element>(
+    /// The pointers of `arguments` and `slots` lead to what their sizes say; every slot is one of the pool, at most once.
+    pub(super) unsafe fn step<E: Element, S: Element>(
         &self,
         walk: &Walk,
         arguments: Arguments,
         slots: Slots,
     ) -> Result<()> {
-        let (room, grid) = layout(walk)?;
-        let kernel = &format!("retention_pool_{}_{}_{room}", E::NAME, S::NAME);
-        let (what, device, module) = (self.what, self.device, Module::RetentionPool);
+        let [batch, _, heads, keys, values] = walk.dims()?;
+        let room = plan::room(keys).ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
+        let grid = [values.div_ceil(VALUES), batch * heads, 1];
+        let kernel = &format!("retention_step_{}_{}_{room}", E::NAME, S::NAME);
+        let (what, device, module) = (self.what, self.device, Module::RetentionStep);
         let threads = (room / KEYS * ACROSS) as u32;
         let launch = Launch { what, device, module, kernel, grid, threads, dynamic: false };
         // SAFETY: the kernel takes one `Step`; the caller vouches for what it points at.
         unsafe { launch.run(&[&Packed(Step { arguments, slots })]) }
     }
-}
-
-/// The room for keys, and the grid.
-fn layout(walk: &Walk) -> Result<(usize, [usize; 3])> {
-    let [batch, _, heads, keys, values] = walk.dims()?;
-    let room = plan::room(keys).ok_or_else(|| Error::value("retention: keys", "at most 512", keys))?;
-    Ok((room, [values.div_ceil(VALUES), batch * heads, 1]))
 }
