@@ -142,17 +142,21 @@ fn model(
                 memory(title, &bench.device);
             }
         }
-        let (mut decoder, mut id) = (None, vec![1]);
-        let title = format!("decode/{}/step", name(dtype));
-        let weights = Throughput::BytesDecimal(weights(&config, dtype));
-        measure(&mut model, title, weights, &bench.device, || {
-            let decoder = match &mut decoder {
-                Some(decoder) => decoder,
-                none => none.insert(Decoder::new(&lazy, 1)?),
-            };
-            id = decoder.step_greedy(&[Some(0)], &id)?;
-            Ok(())
-        });
+        for rows in [1, 8] {
+            let (mut decoder, mut ids) = (None, vec![1; rows]);
+            let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
+            let suffix = if rows == 1 { String::new() } else { format!("-{rows}") };
+            let title = format!("decode{suffix}/{}/step", name(dtype));
+            let weights = Throughput::BytesDecimal(weights(&config, dtype));
+            measure(&mut model, title, weights, &bench.device, || {
+                let decoder = match &mut decoder {
+                    Some(decoder) => decoder,
+                    none => none.insert(Decoder::new(&lazy, rows)?),
+                };
+                ids = decoder.step_greedy(&slots, &ids)?;
+                Ok(())
+            });
+        }
     }
     model.finish();
     Ok(())

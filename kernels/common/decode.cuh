@@ -59,7 +59,7 @@ using Word = uint64_t;
 
 __device__ __forceinline__ uint32_t mark_of(Word w) { return uint32_t(w >> 32); }
 // Words have copies, so that not all blocks ask for the same lines of L2.
-constexpr int COPIES = 2;
+constexpr int COPIES = 4;
 struct Copies {
     int apart; // words
 

@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use std::sync::Arc;
 
 /// Copies of all words, so that not all blocks ask for the same lines of L2: `COPIES` of `decode.cuh`.
-const WORD_COPIES: usize = 2;
+const WORD_COPIES: usize = 4;
 /// Marks that words bear before all of them are taken back.
 const MOST_MARKS: usize = 1 << 31;
 
