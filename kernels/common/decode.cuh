@@ -110,22 +110,18 @@ struct Pairs {
     __device__ int operator()(int i) const { return first + i + by(i) * (WARPS - 1) * each; }
 };
 
-// What becomes of a pair of words, the row's `i`th, on its way: nothing. `begin` is called while the first of them are.
+// What becomes of a pair of words, row `row`'s `at`th, on its way: nothing. `begin` is called while the first of them are.
 struct Unchanged {
     __device__ void begin() {}
-    __device__ uint2 operator()(int, uint2 pair) const { return pair; }
+    __device__ uint2 operator()(int, int, uint2 pair) const { return pair; }
 };
-constexpr int AT_ONCE = 5;    // pairs of numbers that a lane has in registers
+constexpr int AT_ONCE = 5;    // pairs of a row that a lane has in registers
 constexpr int NEAR_PAIRS = 2; // of a lane, which have code of their own
 
-// Pairs of words as soon as all of them are there; those that are not asked for mean nothing. Waiting for all of many would
-// keep L2 busy: one is as good a sign that its neighbours are close.
+// Pairs of words as soon as all of them are there; those that are not asked for mean nothing.
 template <int COUNT>
 __device__ __forceinline__ void await(Words (&w)[COUNT], const Word *const (&from)[COUNT], const bool (&has)[COUNT],
                                       uint32_t mark) {
-    constexpr bool ARE_MANY = COUNT > AT_ONCE;
-    if (ARE_MANY && has[0])
-        while (mark_of(peek(from[0])) != mark) {}
     bool missing[COUNT];
 #pragma unroll
     for (int m = 0; m < COUNT; ++m) missing[m] = has[m];
@@ -139,16 +135,13 @@ __device__ __forceinline__ void await(Words (&w)[COUNT], const Word *const (&fro
             missing[m] = missing[m] && (mark_of(w[m].at[0]) != mark || mark_of(w[m].at[1]) != mark);
             some = some || missing[m];
         }
-        if (ARE_MANY && some) __nanosleep(100);
     }
 }
 
 // The warp's pairs of a row of words, of `end` in all, the eight bytes of each pair to their place in shared memory; zeros
 // behind the end of the row.
-template <int COUNT, typename F = Unchanged>
-__device__ __forceinline__ void receive(const Word *row, const Rows &rows, const Pairs &pairs, int end, uint32_t mark, char *to,
-                                        F &&change = F()) {
-    int count = rows.live ? pairs.count : 0;
+template <typename F>
+__device__ __forceinline__ void receive(const Word *row, const Pairs &pairs, int end, uint32_t mark, char *to, F &&change) {
     auto some = [&](auto most, int start) {
         constexpr int MOST = decltype(most)::value;
         Words w[MOST];
@@ -156,24 +149,75 @@ __device__ __forceinline__ void receive(const Word *row, const Rows &rows, const
         bool has[MOST];
 #pragma unroll
         for (int m = 0; m < MOST; ++m) {
-            int i = start + m * rows.lanes, at = pairs(i);
-            from[m] = row + 2 * at, has[m] = i < count && at < end;
+            int i = start + m * LANES, at = pairs(i);
+            from[m] = row + 2 * at, has[m] = i < pairs.count && at < end;
         }
-        if (start == rows.begin) change.begin();
+        if (start == lane_of()) change.begin();
         await(w, from, has, mark);
 #pragma unroll
         for (int m = 0; m < MOST; ++m) {
-            int i = start + m * rows.lanes;
+            int i = start + m * LANES;
             uint2 pair = {};
-            if (has[m]) pair = change(pairs(i), {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])});
-            if (i < count) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
+            if (has[m]) pair = change(0, pairs(i), {uint32_t(w[m].at[0]), uint32_t(w[m].at[1])});
+            if (i < pairs.count) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
         }
     };
-    if (COUNT <= AT_ONCE && pairs.count <= NEAR_PAIRS * rows.lanes)
-        some(Is<NEAR_PAIRS>(), rows.begin);
+    if (pairs.count <= NEAR_PAIRS * LANES)
+        some(Is<NEAR_PAIRS>(), lane_of());
     else
 #pragma unroll 1
-        for (int start = rows.begin; start - rows.begin < pairs.count; start += COUNT * rows.lanes) some(Is<COUNT>(), start);
+        for (int start = lane_of(); start - lane_of() < pairs.count; start += AT_ONCE * LANES) some(Is<AT_ONCE>(), start);
+}
+// The same of several rows, whose words are `apart` from each other, to rows `pitch` bytes apart. A lane has the same columns
+// of all of them. Waiting for all of their words at once would keep L2 busy: one is a good sign that the others are close.
+template <typename F>
+__device__ __forceinline__ void receive_rows(const Word *first, int apart, int rows, const Pairs &pairs, int end, uint32_t mark,
+                                             char *to, int pitch, F &&change) {
+    auto some = [&](auto most, int start) {
+        constexpr int MOST = decltype(most)::value, TOGETHER = 2;
+        const Word *from[MOST];
+        int at[MOST];
+#pragma unroll
+        for (int m = 0; m < MOST; ++m) {
+            int i = start + m * LANES;
+            at[m] = i < pairs.count ? pairs(i) : end;
+            from[m] = first + 2 * min(at[m], end - 1); // what is not asked for is there as well
+        }
+        while (mark_of(peek(from[0])) != mark) {}
+#pragma unroll 1
+        for (int row = 0; row < rows; row += TOGETHER) {
+            Words w[TOGETHER][MOST];
+            int next = row + 1 < rows ? apart : 0; // the last row in the place of one that is not there
+            for (uint32_t wrong = 1; wrong;) {
+                wrong = 0;
+#pragma unroll
+                for (int m = 0; m < TOGETHER * MOST; ++m)
+                    w[m / MOST][m % MOST] = peek_two(from[m % MOST] + m / MOST * next);
+#pragma unroll
+                for (int m = 0; m < TOGETHER * MOST; ++m) {
+                    const Words &own = w[m / MOST][m % MOST];
+                    wrong |= (mark_of(own.at[0]) ^ mark) | (mark_of(own.at[1]) ^ mark);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < MOST; ++m) {
+                from[m] += TOGETHER * apart;
+                if (start + m * LANES >= pairs.count) continue;
+#pragma unroll
+                for (int t = 0; t < TOGETHER; ++t) {
+                    uint2 pair = {uint32_t(w[t][m].at[0]), uint32_t(w[t][m].at[1])};
+                    pair = at[m] < end ? change(row + t, at[m], pair) : uint2{};
+                    if (row + t < rows) *reinterpret_cast<uint2 *>(to + (row + t) * pitch + (start + m * LANES) * 8) = pair;
+                }
+            }
+        }
+    };
+    change.begin();
+    if (pairs.count <= NEAR_PAIRS * LANES)
+        some(Is<NEAR_PAIRS>(), lane_of());
+    else
+#pragma unroll 1
+        for (int start = lane_of(); start - lane_of() < pairs.count; start += AT_ONCE * LANES) some(Is<AT_ONCE>(), start);
 }
 // Activations in a word: two of 16 bits, or one of 32. `next` is the second.
 template <typename E> constexpr int PACK = 4 / sizeof(E);

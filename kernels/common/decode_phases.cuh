@@ -69,7 +69,6 @@ static_assert(WARPS == 8, "as many parts");
 // A block's memory and what it knows throughout a step. With many rows, words come in larger groups.
 template <typename E, bool MANY> struct Block {
     static constexpr bool IS_MANY = MANY;
-    static constexpr int WORDS = MANY ? 2 * AT_ONCE : AT_ONCE;
     const Step &p;
     float (*row_sums)[WARPS][MOST_ROWS]; // [2], used in turn, so that one barrier is enough
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
@@ -92,11 +91,13 @@ template <typename E, bool MANY> struct Block {
     }
     // The warp's own elements, as the products take them.
     template <typename F = Unchanged> __device__ void take(const Phase &phase, const Share &share, F &&change = F()) {
-        Rows rows(this->rows());
         int row_pairs = words_of<E>(phase.width) / 2;
-        receive<WORDS>(p.copies.own(phase.from) + 2 * int64_t(rows.own) * row_pairs, rows,
-                       Pairs(share.size * (GROUP / 8), share.pieces), row_pairs, mark - 1,
-                       x + rows.own * input_of(share, false).pitch, change);
+        Pairs pairs(share.size * (GROUP / 8), share.pieces);
+        const Word *from = p.copies.own(phase.from);
+        if (MANY)
+            receive_rows(from, 2 * row_pairs, rows(), pairs, row_pairs, mark - 1, x, input_of(share, false).pitch, change);
+        else
+            receive(from, pairs, row_pairs, mark - 1, x, change);
         __syncwarp();
     }
     // Pairs of the stream's numbers that the warp has the norms of.
@@ -173,77 +174,98 @@ template <typename E, bool MANY> struct Block {
         }
         __syncwarp();
     }
+    // Rows of any width. A lane has the same columns of all of them, and leaves its numbers where elements will be.
     __device__ void take_norms(const Norm &norm, const Share &share, bool first) {
-        Rows rows(this->rows());
+        constexpr int COUNT = MANY ? AT_ONCE : NEAR_PAIRS, STEP = COUNT * LANES; // one row rarely is so wide
         Pairs pairs = stream_pairs(share);
-        int end = p.hidden / 2, count = pairs.count;
-        float2 weight[AT_ONCE]; // on its way while the stream is not there
-        auto load_weights = [&](int start) {
+        int end = p.hidden / 2, pitch = input_of(share, true).pitch, layer = norm.layer, outside = norm.outside;
+        float eps = norm.eps;
+        // a lane's pairs from `start` on: f(which, place among the warp's)
+        auto columns = [&](int start, auto &&f) {
 #pragma unroll
-            for (int m = 0; m < AT_ONCE; ++m) {
-                int i = start + m * rows.lanes, at = pairs(i);
-                if (i < count && at < end) weight[m] = reinterpret_cast<const float2 *>(norm.weight)[at];
-            }
+            for (int m = 0; m < COUNT; ++m)
+                if (int i = start + m * LANES; i < pairs.count) f(m, i);
         };
-        load_weights(rows.begin);
-        // a lane's numbers lie where it left them
-        char *own = x + rows.own * input_of(share, true).pitch;
-        if (!rows.live) end = 0;
-        if (!first)
-            receive<WORDS>(p.copies.own(p.stream) + int64_t(rows.own) * p.hidden, rows, pairs, end, mark - 1, own);
+        float2 weight[COUNT], bias[COUNT]; // the first ones on their way while the stream is not there
+        auto load_weights = [&](int start) {
+            columns(start, [&](int m, int i) {
+                int at = pairs(i);
+                weight[m] = bias[m] = {0.0f, 0.0f};
+                if (at < end) weight[m] = reinterpret_cast<const float2 *>(norm.weight)[at];
+                if (at < end && norm.bias) bias[m] = reinterpret_cast<const float2 *>(norm.bias)[at];
+            });
+        };
+        load_weights(lane_of());
+        if (!first && MANY)
+            receive_rows(p.copies.own(p.stream), p.hidden, rows(), pairs, end, mark - 1, x, pitch, Unchanged());
+        else if (!first)
+            receive(p.copies.own(p.stream), pairs, end, mark - 1, x, Unchanged());
         else
 #pragma unroll 1
-            for (int i = rows.begin; i < count; i += rows.lanes)
-                if (int at = pairs(i); at < end)
-                    *reinterpret_cast<float2 *>(own + i * 8) = {embedded(rows.own, 2 * at), embedded(rows.own, 2 * at + 1)};
-        float mean = 0.0f, scale = 0.0f;
+            for (int row = 0; row < rows(); ++row)
 #pragma unroll 1
-        for (int pass = norm.layer ? 0 : 1; pass < 2; ++pass) {
-            float sum = 0.0f;
-#pragma unroll 1
-            for (int start = rows.begin; start < count; start += AT_ONCE * rows.lanes)
-#pragma unroll
-                for (int m = 0; m < AT_ONCE; ++m) {
-                    int i = start + m * rows.lanes;
-                    float2 v = {mean, mean};
-                    if (i < count && pairs(i) < end) v = *reinterpret_cast<float2 *>(own + i * 8);
-                    v.x -= mean, v.y -= mean;
-                    sum += pass ? fmaf(v.x, v.x, v.y * v.y) : v.x + v.y;
+                for (int i = lane_of(); i < pairs.count; i += LANES) {
+                    float2 v = {0.0f, 0.0f};
+                    if (int at = pairs(i); at < end) v = {embedded(row, 2 * at), embedded(row, 2 * at + 1)};
+                    *reinterpret_cast<float2 *>(x + row * pitch + i * 8) = v;
                 }
+        // over each row, of f(number, mean), in the lane whose number modulo MOST_ROWS it has
+        auto mean_of = [&](int pass, float mean, auto &&f) {
+            constexpr int TOGETHER = MANY ? 4 : 1; // rows, whose sums wait for each other's sake less
 #pragma unroll 1
-            for (int step = rows.lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (rows.begin == 0 && rows.live) row_sums[pass][warp_of()][rows.own] = sum;
-            meet();
-            scale = sum_of_warps(share, &row_sums[pass][0][rows.own % MOST_ROWS], MOST_ROWS) / p.hidden;
-            mean = pass ? mean : scale;
-        }
-        scale = 1.0f / (norm.outside ? sqrtf(scale) + norm.eps : sqrtf(scale + norm.eps));
-        auto normed = [&](float v, float weight, float bias) {
-            float n = (v - mean) * scale;
-            return narrow<E>(fmaf(norm.layer ? n : widen(narrow<E>(n)), weight, bias));
-        };
-        // elements take the place of numbers that all lanes have
-#pragma unroll 1
-        for (int start = 0; start < count; start += AT_ONCE * rows.lanes) {
-            float2 value[AT_ONCE];
-            if (start > 0) load_weights(start + rows.begin);
+            for (int row = 0; row < rows(); row += TOGETHER) {
+                float own[TOGETHER], sum[TOGETHER];
 #pragma unroll
-            for (int m = 0; m < AT_ONCE; ++m) {
-                int i = start + rows.begin + m * rows.lanes;
-                if (i < count && pairs(i) < end) value[m] = *reinterpret_cast<float2 *>(own + i * 8);
+                for (int t = 0; t < TOGETHER; ++t) own[t] = __shfl_sync(~0u, mean, row + t), sum[t] = 0.0f;
+#pragma unroll 1
+                for (int start = lane_of(); start - lane_of() < pairs.count; start += STEP)
+                    columns(start, [&](int, int i) {
+#pragma unroll
+                        for (int t = 0; t < TOGETHER; ++t)
+                            if (row + t < rows())
+                                sum[t] += f(*reinterpret_cast<float2 *>(x + (row + t) * pitch + i * 8), own[t], i);
+                    });
+#pragma unroll
+                for (int step = LANES / 2; step > 0; step /= 2)
+#pragma unroll
+                    for (int t = 0; t < TOGETHER; ++t) sum[t] += __shfl_xor_sync(~0u, sum[t], step);
+#pragma unroll
+                for (int t = 0; t < TOGETHER; ++t)
+                    if (lane_of() == 0) row_sums[pass][warp_of()][row + t] = sum[t];
             }
-            __syncwarp();
-#pragma unroll
-            for (int m = 0; m < AT_ONCE; ++m) {
-                int i = start + rows.begin + m * rows.lanes;
-                if (!rows.live || i >= count) break;
-                E *to = reinterpret_cast<E *>(own) + 2 * i;
-                E both[2] = {narrow<E>(0.0f), narrow<E>(0.0f)};
-                if (int at = pairs(i); at < end) {
-                    float2 bias = norm.bias ? reinterpret_cast<const float2 *>(norm.bias)[at] : float2{};
-                    both[0] = normed(value[m].x, weight[m].x, bias.x), both[1] = normed(value[m].y, weight[m].y, bias.y);
-                }
-                to[0] = both[0], to[1] = both[1];
+            meet();
+            return sum_of_warps(share, &row_sums[pass][0][lane_of() % MOST_ROWS], MOST_ROWS) / p.hidden;
+        };
+        float mean = 0.0f, square;
+        if (layer) {
+            mean = mean_of(0, 0.0f, [](float2 v, float, int) { return v.x + v.y; });
+            square = mean_of(1, mean, [&](float2 v, float mean, int i) {
+                v.x -= mean, v.y -= mean;
+                return pairs(i) < end ? fmaf(v.x, v.x, v.y * v.y) : 0.0f;
+            });
+        } else {
+            square = mean_of(1, 0.0f, [](float2 v, float, int) { return fmaf(v.x, v.x, v.y * v.y); });
+        }
+        float scale = 1.0f / (outside ? sqrtf(square) + eps : sqrtf(square + eps));
+#pragma unroll 1
+        for (int start = lane_of(); start - lane_of() < pairs.count; start += STEP) {
+            if (start >= STEP) load_weights(start);
+#pragma unroll 1
+            for (int row = 0; row < rows(); ++row) {
+                float own_mean = __shfl_sync(~0u, mean, row), own_scale = __shfl_sync(~0u, scale, row);
+                auto normed = [&](float v, float weight, float bias) {
+                    float n = (v - own_mean) * own_scale;
+                    return narrow<E>(fmaf(layer ? n : widen(narrow<E>(n)), weight, bias));
+                };
+                char *own = x + row * pitch;
+                float2 value[COUNT];
+                columns(start, [&](int m, int i) { value[m] = *reinterpret_cast<float2 *>(own + i * 8); });
+                // elements take the place of numbers that all lanes have
+                __syncwarp();
+                columns(start, [&](int m, int i) {
+                    reinterpret_cast<Pack<E, 2> *>(own)[i] = {normed(value[m].x, weight[m].x, bias[m].x),
+                                                              normed(value[m].y, weight[m].y, bias[m].y)};
+                });
             }
         }
         __syncwarp();

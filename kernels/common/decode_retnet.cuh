@@ -160,18 +160,15 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         RetNet &b;
         bool any;
         Heads heads;
-        const float *own; // of the row
 
         __device__ Scaling(RetNet &b, const Phase &phase, const Share &share)
-            : b(b), any(phase.from == b.p.z), heads(b.p, share.size * int(GROUP / sizeof(E)), share.pieces, phase.width) {
-            own = b.scales() + Rows(b.rows()).own * b.p.most_heads;
-        }
+            : b(b), any(phase.from == b.p.z), heads(b.p, share.size * int(GROUP / sizeof(E)), share.pieces, phase.width) {}
         __device__ void begin() const {
             if (any) take_scales(b.p, Rows(b.rows()), b.mark - 1, heads, b.scales());
         }
-        __device__ uint2 operator()(int i, uint2 pair) const {
+        __device__ uint2 operator()(int row, int at, uint2 pair) const {
             if (!any) return pair;
-            float factor = own[heads.place(i * int(8 / sizeof(E)))];
+            float factor = b.scales()[row * b.p.most_heads + heads.place(at * int(8 / sizeof(E)))];
             return {scaled<E>(pair.x, factor), scaled<E>(pair.y, factor)};
         }
     };
