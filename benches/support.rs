@@ -140,17 +140,36 @@ pub fn measure_step<T>(
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             stream.begin_capture(mode).expect("a stream records");
             (0..EACH).for_each(|_| drop(black_box(run().expect("a benchmark is recorded"))));
-            let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-            let graph = graph.expect("a graph").expect("work to record");
-            graph.launch().expect("a graph runs");
+            let (mut recorded, mut graph) = (std::ptr::null_mut(), std::ptr::null_mut());
+            let mut parameters = sys::CUDA_GRAPH_INSTANTIATE_PARAMS {
+                flags: 0,
+                hUploadStream: std::ptr::null_mut(),
+                hErrNode_out: std::ptr::null_mut(),
+                result_out: sys::CUgraphInstantiateResult::CUDA_GRAPH_INSTANTIATE_SUCCESS,
+            };
+            // SAFETY: the stream is recording, all places exist, and what the graph reads and writes lives as long as it does.
+            unsafe {
+                let ended = sys::cuStreamEndCapture(stream.cu_stream(), &raw mut recorded);
+                ended.result().expect("a recording");
+                let ready = sys::cuGraphInstantiateWithParams(&raw mut graph, recorded, &raw mut parameters);
+                ready.result().expect("a graph");
+            }
+            // SAFETY: as above.
+            let launch =
+                || unsafe { sys::cuGraphLaunch(graph, stream.cu_stream()) }.result().expect("a graph runs");
+            launch();
             device.synchronize().expect("the device synchronises");
             bencher.iter_custom(|count| {
                 let launches = count.div_ceil(EACH);
                 let start = Instant::now();
-                (0..launches).for_each(|_| graph.launch().expect("a graph runs"));
+                (0..launches).for_each(|_| launch());
                 device.synchronize().expect("the device synchronises");
                 start.elapsed().mul_f64(count as f64 / (launches * EACH) as f64)
             });
+            // SAFETY: nothing runs any more.
+            unsafe {
+                let _ = (sys::cuGraphExecDestroy(graph), sys::cuGraphDestroy(recorded));
+            }
         });
     }
 }
