@@ -1,8 +1,8 @@
 //! Decoding by a kernel of its own: a whole step is one launch, states in place.
 //!
 //! Everything a step touches lies in places that stay: weights, states, the program of phases, the words that pass between
-//! the kernel's blocks, and `io`, where the host leaves ids, slots, positions and counts. The chosen ids it finds in its own
-//! memory, where the kernel writes them. More rows than the kernel takes at a time go through in turns.
+//! the kernel's blocks, and `io`, where the host leaves ids, slots, positions and counts and finds the chosen ids. More rows
+//! than the kernel takes at a time go through in turns.
 //!
 //! What tells families of models apart is theirs ([`blocks::Blocks`]): `mamba` and `retnet`.
 
@@ -25,19 +25,19 @@ use kernels::Step;
 use mamba::Mamba;
 use program::Program;
 use retnet::RetNet;
-use rooms::{Chosen, Drafts, Room, Words, pointer_of};
+use rooms::{Drafts, Room, Words, pointer_of};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weights::Common;
 
 /// Rows (tokens of all sequences) that the kernel takes at a time at most.
 const MOST_ROWS: usize = 8;
-/// Where in `io` the ids, slots, positions and counts begin; what the host writes for every step comes first.
+/// Where in `io` the ids, slots, positions, counts and chosen ids begin; what the host writes for a step comes first.
 const IDS: usize = 0;
 const SLOTS: usize = MOST_ROWS;
 const POSITIONS: usize = 2 * MOST_ROWS;
 const COUNTS: usize = 3 * MOST_ROWS;
-const NUMBERS: usize = 4 * MOST_ROWS;
+const CHOSEN: usize = 4 * MOST_ROWS;
 /// A slot that no row has, for the kernels.
 const IDLE: u32 = u32::MAX;
 
@@ -48,6 +48,7 @@ struct Io {
     slots: u64,
     positions: u64,
     counts: u64,
+    chosen: u64,
 }
 
 /// The model, its states, and what a step needs beside them.
@@ -61,8 +62,6 @@ pub(super) struct Fused {
     program: Program,
     io: CudaSlice<u32>,
     io_places: Io,
-    /// Of the host, where the device writes the chosen ids.
-    chosen: Chosen,
     logits: Room,
     words: Words,
     /// What drafts leave for `accept`; made by the first draft.
@@ -110,7 +109,7 @@ impl Fused {
         let words = Words::new(&widths, &device, &stream)?;
         let program = Program::new(&common, &*family, &pool, &words.own, blocks, &device)?;
         let Some(program) = program else { return Ok(None) };
-        let mut io = device.alloc_zeros::<u32>(NUMBERS)?;
+        let mut io = device.alloc_zeros::<u32>(CHOSEN + MOST_ROWS)?;
         let io_pointer = pointer_of(&mut io, &stream);
         let place = |place: usize| io_pointer + (place * size_of::<u32>()) as u64;
         Ok(Some(Self {
@@ -119,9 +118,9 @@ impl Fused {
                 slots: place(SLOTS),
                 positions: place(POSITIONS),
                 counts: place(COUNTS),
+                chosen: place(CHOSEN),
             },
             io,
-            chosen: Chosen::new(&stream)?,
             logits: zeros(MOST_ROWS * common.vocabulary)?,
             program,
             words,
@@ -179,7 +178,8 @@ impl Fused {
     /// The most probable token after one token a row; `u32::MAX` where a logit is no number.
     pub(super) fn greedy(&mut self, rows: &[Row], ids: &[u32]) -> Result<Vec<u32>> {
         self.launch(rows, ids, Shape { sequences: rows.len(), tokens: 1, keep: true, greedy: true })?;
-        self.chosen.read(rows.len(), &self.stream)
+        let chosen = self.io.slice(CHOSEN..CHOSEN + rows.len());
+        Ok(self.device.clone_dtoh(&chosen)?)
     }
 
     /// The states of the last draft's rows move behind their first `counts` tokens.
@@ -288,7 +288,7 @@ impl Fused {
             slots: self.io_places.slots,
             embedding: common.embedding.pointer,
             logits: self.logits.pointer,
-            chosen: if shape.greedy { self.chosen.pointer } else { 0 },
+            chosen: if shape.greedy { self.io_places.chosen } else { 0 },
             stream: self.words.stream,
             best: self.words.best,
             apart: self.words.apart as i32,

@@ -2,10 +2,8 @@
 
 use super::MOST_ROWS;
 use crate::Result;
-use crate::backend::cuda::failed;
 use candle_core::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::sys::CU_MEMHOSTALLOC_DEVICEMAP;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DriverError, PinnedHostSlice};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use std::sync::Arc;
 
 /// Copies of all words, so that not all blocks ask for the same lines of L2: `COPIES` of `decode.cuh`.
@@ -77,7 +75,7 @@ impl Words {
     /// Room for so many marks more: none comes twice as long as a word may bear it.
     pub(super) fn advance(&mut self, marks: usize, stream: &Arc<CudaStream>) -> Result<()> {
         if self.marks + marks > MOST_MARKS {
-            let fail = |error| failed("decoder: clearing its words", error);
+            let fail = |error| crate::backend::cuda::failed("decoder: clearing its words", error);
             stream.memset_zeros(&mut self.slice).map_err(fail)?;
             stream.memset_zeros(&mut self.epoch).map_err(fail)?;
             self.marks = 0;
@@ -85,35 +83,6 @@ impl Words {
         self.marks += marks;
         Ok(())
     }
-}
-
-/// The ids that the device chose, in the host's memory, which costs no copy behind a step.
-pub(super) struct Chosen {
-    slice: PinnedHostSlice<u32>,
-    /// Where they lie, for the host as for the device.
-    pub(super) pointer: u64,
-}
-
-impl Chosen {
-    pub(super) fn new(stream: &CudaStream) -> Result<Self> {
-        // SAFETY: nobody reads an id that no step has written.
-        let slice = unsafe { stream.context().alloc_pinned_with_flags(MOST_ROWS, CU_MEMHOSTALLOC_DEVICEMAP) };
-        let slice: PinnedHostSlice<u32> = slice.map_err(fail)?;
-        let pointer = slice.as_ptr().map_err(fail)? as u64;
-        Ok(Self { slice, pointer })
-    }
-
-    /// Those of the last step's rows, once it is over.
-    pub(super) fn read(&self, rows: usize, stream: &CudaStream) -> Result<Vec<u32>> {
-        stream.synchronize().map_err(fail)?;
-        let chosen = self.slice.as_ptr().map_err(fail)?;
-        // SAFETY: there is room for MOST_ROWS; the device wrote them, which the compiler does not know.
-        Ok((0..rows.min(MOST_ROWS)).map(|row| unsafe { chosen.add(row).read_volatile() }).collect())
-    }
-}
-
-fn fail(error: DriverError) -> crate::Error {
-    failed("decoder: the chosen tokens", error)
 }
 
 impl Drafts {
