@@ -1,7 +1,6 @@
 //! The arguments of the kernels, laid out as `retention.cuh` has them, and their launches.
 
 use super::plan::{Kernel, Plan};
-use super::step::Slots;
 use crate::backend::cuda::{
     Argument, Buffer, Element, Guards, Held, Launch, Module, Packed, device_of, fits,
 };
@@ -160,7 +159,7 @@ impl Walk<'_> {
             // SAFETY: as in `states`.
             unsafe {
                 match steps {
-                    true => launcher.step::<E, f32>(self, arguments, Slots::default())?,
+                    true => launcher.step::<E>(self, arguments)?,
                     false => launcher.walk::<E>("retention", self, arguments)?,
                 }
             }

@@ -284,7 +284,7 @@ impl Pool {
             }
             // SAFETY: `Locks` gives pointers and steps of tensors whose shapes were checked; states and buffer have the
             // pool's sizes, of which `Rows` has valid slots, each once, and no more tokens than there is room for.
-            unsafe { Launcher { what, device }.step::<E, S>(&walk, arguments, slots)? };
+            unsafe { Launcher { what, device }.step_of_pool::<E, S>(&walk, arguments, slots)? };
         }
         Ok(o.map(|o| o.tensor(device, (batch, length, heads, values))))
     }

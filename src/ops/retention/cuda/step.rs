@@ -45,11 +45,20 @@ struct Step {
 }
 
 impl Launcher<'_> {
-    /// A step of sequences of `E` through states of `S`: a pool's, or with no slots from those of `arguments` to new ones.
+    /// A step from the states of `arguments` to new ones.
     ///
     /// # Safety
-    /// The pointers of `arguments` and `slots` lead to what their sizes say; every slot is one of the pool, at most once.
-    pub(super) unsafe fn step<E: Element, S: Element>(
+    /// The pointers of `arguments` lead to what its sizes say.
+    pub(super) unsafe fn step<E: Element>(&self, walk: &Walk, arguments: Arguments) -> Result<()> {
+        // SAFETY: the caller's promise; without slots every row has its own state.
+        unsafe { self.step_of_pool::<E, f32>(walk, arguments, Slots::default()) }
+    }
+
+    /// A step of sequences of `E` through a pool's states of `S`.
+    ///
+    /// # Safety
+    /// As [`Launcher::step`], for `slots` too; and every slot is one of the pool, at most once.
+    pub(super) unsafe fn step_of_pool<E: Element, S: Element>(
         &self,
         walk: &Walk,
         arguments: Arguments,
