@@ -263,13 +263,23 @@ template <typename E, typename S> __device__ __forceinline__ void walk(const Ret
     }
 }
 
+// Elements of 16 bits have kernels of their own on Hopper (retention_hopper.cuh): compiled for it, these are never launched.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <typename E> constexpr bool LAUNCHED = sizeof(E) > 2;
+#else
+template <typename E> constexpr bool LAUNCHED = true;
+#endif
+template <typename E, typename S> __device__ __forceinline__ void walk_if_launched(const Retention &p) {
+    if constexpr (LAUNCHED<E>) walk<E, S>(p);
+}
+
 // The kernels of element E for up to KW WK keys, in slices of 16 WV values: outputs, and states alone.
 #define RETENTION_KERNEL(NAME, E, KW, WK, WV, C, STAGES, OUTPUTS, BLOCKS)                                              \
     using NAME##_shape = Shape<E, KW, WK, WV, C, STAGES, OUTPUTS>;                                                     \
     extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, BLOCKS)                                        \
         NAME(const __grid_constant__ Retention p) {                                                                    \
         take_turn();                                                                                                   \
-        walk<E, NAME##_shape>(p);                                                                                      \
+        walk_if_launched<E, NAME##_shape>(p);                                                                          \
     }                                                                                                                  \
     extern "C" __constant__ const unsigned NAME##_memory = NAME##_shape::MEMORY;
 #define RETENTION(E, KEYS, VALUES, WK, C, STAGES, BLOCKS)                                                              \
