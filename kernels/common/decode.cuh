@@ -138,6 +138,14 @@ __device__ __forceinline__ void await(Words (&w)[COUNT], const Word *const (&fro
     }
 }
 
+// some(Is<n>(), start) for n pairs of a lane from its `start` on, until all of the warp's are done.
+template <typename F> __device__ __forceinline__ void by_columns(const Pairs &pairs, F &&some) {
+    if (pairs.count <= NEAR_PAIRS * LANES)
+        some(Is<NEAR_PAIRS>(), lane_of());
+    else
+#pragma unroll 1
+        for (int start = lane_of(); start - lane_of() < pairs.count; start += AT_ONCE * LANES) some(Is<AT_ONCE>(), start);
+}
 // The warp's pairs of a row of words, of `end` in all, the eight bytes of each pair to their place in shared memory; zeros
 // behind the end of the row.
 template <typename F>
@@ -162,11 +170,7 @@ __device__ __forceinline__ void receive(const Word *row, const Pairs &pairs, int
             if (i < pairs.count) *reinterpret_cast<uint2 *>(to + i * 8) = pair;
         }
     };
-    if (pairs.count <= NEAR_PAIRS * LANES)
-        some(Is<NEAR_PAIRS>(), lane_of());
-    else
-#pragma unroll 1
-        for (int start = lane_of(); start - lane_of() < pairs.count; start += AT_ONCE * LANES) some(Is<AT_ONCE>(), start);
+    by_columns(pairs, some);
 }
 // The same of several rows, whose words are `apart` from each other, to rows `pitch` bytes apart. A lane has the same columns
 // of all of them. Waiting for all of their words at once would keep L2 busy: one is a good sign that the others are close.
@@ -213,11 +217,7 @@ __device__ __forceinline__ void receive_rows(const Word *first, int apart, int r
         }
     };
     change.begin();
-    if (pairs.count <= NEAR_PAIRS * LANES)
-        some(Is<NEAR_PAIRS>(), lane_of());
-    else
-#pragma unroll 1
-        for (int start = lane_of(); start - lane_of() < pairs.count; start += AT_ONCE * LANES) some(Is<AT_ONCE>(), start);
+    by_columns(pairs, some);
 }
 // Activations in a word: two of 16 bits, or one of 32. `next` is the second.
 template <typename E> constexpr int PACK = 4 / sizeof(E);
