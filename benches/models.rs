@@ -1,7 +1,7 @@
 //! Models of published sizes with random weights: prompts up to the logits of the last token, greedy steps, and on a GPU
 //! steps of training.
 
-use crate::support::{Bench, group, measure, name};
+use crate::support::{Bench, group, measure, measure_runs, name};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use criterion::{Criterion, Throughput};
@@ -12,6 +12,8 @@ use subquadratic::train::{Batch, Schedule, Trainer, TrainerConfig};
 use subquadratic::{Result, peak_bytes};
 
 const VOCABULARY: usize = 50280;
+/// Greedy tokens that a decoder is asked for at a time.
+const IN_A_ROW: u64 = 64;
 
 /// Mamba, RetNet and a hybrid; the larger ones on a GPU alone.
 pub fn all(criterion: &mut Criterion, bench: &mut Bench) -> Result<()> {
@@ -142,18 +144,21 @@ fn model(
                 memory(title, &bench.device);
             }
         }
-        for rows in [1, 8] {
+        // greedy tokens, a call each or all of `IN_A_ROW` in one
+        let in_a_row = if bench.device.is_cpu() { 1 } else { IN_A_ROW };
+        for (rows, what, each) in [(1, "call", 1), (1, "step", in_a_row), (8, "step", in_a_row)] {
             let (mut decoder, mut ids) = (None, vec![1; rows]);
             let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
             let suffix = if rows == 1 { String::new() } else { format!("-{rows}") };
-            let title = format!("decode{suffix}/{}/step", name(dtype));
+            let title = format!("decode{suffix}/{}/{what}", name(dtype));
             let weights = Throughput::BytesDecimal(weights(&config, dtype));
-            measure(&mut model, title, weights, &bench.device, || {
+            measure_runs(&mut model, title, weights, &bench.device, each, || {
                 let decoder = match &mut decoder {
                     Some(decoder) => decoder,
                     none => none.insert(Decoder::new(&lazy, rows)?),
                 };
-                ids = decoder.step_greedy(&slots, &ids)?;
+                let chosen = decoder.greedy(&slots, &ids, each as usize, &[])?;
+                ids = chosen.iter().filter_map(|row| row.last().copied()).collect();
                 Ok(())
             });
         }

@@ -97,6 +97,18 @@ pub fn measure<T>(
     id: String,
     throughput: Throughput,
     device: &Device,
+    run: impl FnMut() -> Result<T>,
+) {
+    measure_runs(group, id, throughput, device, 1, run);
+}
+
+/// As [`measure`], one of the `each` that every run has.
+pub fn measure_runs<T>(
+    group: &mut BenchmarkGroup<WallTime>,
+    id: String,
+    throughput: Throughput,
+    device: &Device,
+    each: u64,
     mut run: impl FnMut() -> Result<T>,
 ) {
     group.throughput(throughput);
@@ -109,11 +121,12 @@ pub fn measure<T>(
             }
             device.synchronize().expect("the device synchronises");
             let start = Instant::now();
-            for _ in 0..count {
+            let runs = count.div_ceil(each);
+            for _ in 0..runs {
                 drop(black_box(run().expect("a benchmark runs")));
             }
             device.synchronize().expect("the device synchronises");
-            start.elapsed()
+            start.elapsed().mul_f64(count as f64 / (runs * each) as f64)
         });
     });
 }

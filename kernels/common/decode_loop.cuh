@@ -37,33 +37,54 @@ struct Best {
     }
 };
 
-// The most probable token of every row, the lowest id of equals; NONE if a logit is NaN or infinity. The block's own logits
-// are there.
-template <typename E> __device__ void choose(const Step &p, const Share &share, uint32_t mark) {
+// The most probable token of every row, the lowest id of equals, which is the next step's; NONE if a logit is NaN or infinity.
+// All blocks find all of them. The block's own logits are there.
+template <typename E, bool MANY> __device__ void choose(const Block<E, MANY> &b, const Share &share) {
+    constexpr int TOGETHER = MANY ? 2 : AT_ONCE; // many rows have no registers for more
+    const Step &p = b.p;
     int row = warp_of(), lane = lane_of();
-    if (row >= p.rows) return;
+    if (row >= b.rows()) return;
     const E *logits = static_cast<const E *>(p.logits) + int64_t(row) * p.vocabulary + share.first;
     Best best;
 #pragma unroll 1
-    for (int i = lane; i < share.count; i += LANES) {
-        float x = widen(logits[i]);
-        bool bad = !(x < INFINITY);
-        best.merge(bad ? INFINITY : x, bad ? NONE : share.first + i);
+    for (int start = lane; start < share.count; start += TOGETHER * LANES) {
+        E e[TOGETHER];
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m) e[m] = logits[min(start + m * LANES, share.count - 1)];
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m) {
+            float x = widen(e[m]);
+            bool bad = !(x < INFINITY);
+            best.merge(bad ? INFINITY : x, bad ? NONE : share.first + min(start + m * LANES, share.count - 1));
+        }
     }
     best.over_warp();
     Word *to = p.best + (int64_t(blockIdx.x) * MOST_ROWS + row) * 2;
-    if (lane < 2) p.copies.publish(to + lane, lane ? best.place : __float_as_uint(best.value), mark);
-    if (blockIdx.x > 0) return;
+    if (lane < 2) p.copies.publish(to + lane, lane ? best.place : __float_as_uint(best.value), b.mark);
     best = Best();
 #pragma unroll 1
-    for (int block = lane; block < gridDim.x; block += LANES) {
-        Words w;
-        do w = peek_two(p.best + (int64_t(block) * MOST_ROWS + row) * 2);
-        while (mark_of(w.at[0]) != mark || mark_of(w.at[1]) != mark);
-        best.merge(__uint_as_float(uint32_t(w.at[0])), uint32_t(w.at[1]));
+    for (int start = lane; start - lane < gridDim.x; start += TOGETHER * LANES) {
+        Words w[TOGETHER];
+        const Word *from[TOGETHER];
+        bool has[TOGETHER];
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m) {
+            int block = start + m * LANES;
+            from[m] = p.copies.own(p.best) + (int64_t(block) * MOST_ROWS + row) * 2, has[m] = block < gridDim.x;
+        }
+        await(w, from, has, b.mark);
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m)
+            if (has[m]) best.merge(__uint_as_float(uint32_t(w[m].at[0])), uint32_t(w[m].at[1]));
     }
     best.over_warp();
-    if (lane == 0) p.chosen[row] = best.place;
+    if (lane > 0) return;
+    unsigned id = best.place;
+    if (blockIdx.x == 0) p.chosen[b.board.steps[row] * MOST_ROWS + row] = id;
+    ++b.board.steps[row];
+    bool none = id == NONE;
+    b.board.ids[row] = none ? 0 : id;
+    if (none || (p.stops && p.stops[id / 32] >> id % 32 & 1)) b.board.slots[row] = ended(b.board.slots[row]);
 }
 
 // ADD: a projection's outputs, onto the stream.
@@ -88,6 +109,16 @@ template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const S
         static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
 }
 
+// On Hopper, whole groups of four warps can have more registers than at the launch, which gives as many to all: 168.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+static_assert(WARPS == 8 && COPIERS == 4, "216 for two groups, 72 for one");
+__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
+#else
+__device__ __forceinline__ void leave_registers() {}
+__device__ __forceinline__ void take_registers() {}
+#endif
+
 // Copies weights, and brings close what else will be needed, a layer ahead. Who does not copy has the time for that, and keeps
 // to the pace of who does: `done` is the phase he is at.
 template <typename F>
@@ -97,19 +128,22 @@ __device__ void copy(const typename F::Step &p, const Weights *weights, const Sh
     bool fills = warp < FILLERS;
     int hinter = FILLERS < COPIERS ? warp - FILLERS : warp;
     typename F::Source source(p, ring, warp);
+    int all = p.count * p.steps, i = 0, later = 0;
 #pragma unroll 1
-    for (int i = 1 - F::LAYER; i < p.count; ++i) {
-        int later = i + F::LAYER;
+    for (int n = 1 - F::LAYER; n < all; ++n) {
+        if (++later == p.count) later = 0;
         if (!fills)
-            while (*done < i) __nanosleep(100);
-        if (later < p.count && hinter >= 0)
+            while (*done < n) __nanosleep(100);
+        if (n + F::LAYER < all && hinter >= 0)
             for (int part = hinter; part < F::HINTS; part += HINTERS)
                 F::hints(p, static_cast<const typename F::Phase *>(p.phases)[later], shares[weights[later].shape], part);
-        if (i < 0 || !fills) continue;
-        if (i + 1 == p.count) source.most = ring.size; // no words behind these weights
+        if (n < 0 || !fills) continue;
+        if (n > 0 && i == 0) source.go_on();
+        source.rush(i + 1 == p.count); // no words behind a step's last weights
         Share share = Share::load(shares[weights[i].shape]);
         if (share.count > 0) source.copy(weights[i], share);
-        if (warp == 0 && lane_of() == 0) *done = i + 1;
+        if (warp == 0 && lane_of() == 0) *done = n + 1;
+        if (++i == p.count) i = 0;
     }
     wait_copies<0>();
 }
@@ -118,12 +152,12 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     using Phase = typename F::Phase;
     using E = typename F::Element;
     extern __shared__ __align__(128) char bytes[];
-    __shared__ alignas(16) float sums_of_rows[2][WARPS][MOST_ROWS];
+    __shared__ alignas(16) Board only_board;
     __shared__ Phase near_phases[NEAR];
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
     __shared__ uint64_t flag_words[Ring::FLAGS];
     __shared__ int copied; // phases
-    float (*row_sums)[WARPS][MOST_ROWS] = found(sums_of_rows);
+    Board &board = *found(&only_board);
     Phase *phases = found(near_phases);
     Share *shares = reinterpret_cast<Share *>(found(share_bytes));
     char *free = bytes + p.ring_slots * p.slot_bytes();
@@ -142,6 +176,8 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     if (threadIdx.x < p.shape_count) shares[threadIdx.x] = Share(p.shapes[threadIdx.x], p.slot_groups);
     static_assert(Ring::FLAGS <= THREADS, "a thread each");
     if (threadIdx.x == 0) copied = 0;
+    if (int row = threadIdx.x; row < MOST_ROWS)
+        board.ids[row] = p.ids[row], board.slots[row] = p.slots[row], board.steps[row] = 0;
     if (threadIdx.x < Ring::FLAGS) Ring::begin(flags, threadIdx.x);
     // phases near the current one lie in shared memory, a lane's eight bytes each
     constexpr int PIECES = sizeof(Phase) / 8;
@@ -150,33 +186,36 @@ template <typename F> __device__ void run(const typename F::Step &p) {
         const Phase *all = static_cast<const Phase *>(p.phases);
         return threadIdx.x < PIECES && i < p.count ? reinterpret_cast<const uint64_t *>(all + i)[threadIdx.x] : 0;
     };
-    auto keep_phase = [&](int i, uint64_t piece) {
-        if (threadIdx.x < PIECES) reinterpret_cast<uint64_t *>(&phases[i % NEAR])[threadIdx.x] = piece;
+    // that of mark `mark`
+    auto keep_phase = [&](uint32_t mark, uint64_t piece) {
+        if (threadIdx.x < PIECES) reinterpret_cast<uint64_t *>(&phases[mark % NEAR])[threadIdx.x] = piece;
     };
-    keep_phase(0, load_phase(0));
     uint32_t mark = *reinterpret_cast<volatile unsigned *>(p.epoch);
+    keep_phase(mark + 1, load_phase(0));
     __syncthreads();
     Ring ring(slots, flags, p.ring_slots, p.slot_bytes());
-    if (warp >= WARPS) return copy<F>(p, weights, shares, ring, &copied, warp - WARPS);
+    if (warp >= WARPS) {
+        leave_registers();
+        return copy<F>(p, weights, shares, ring, &copied, warp - WARPS);
+    }
+    take_registers();
 
-    F f(p, row_sums, mark);
+    F f(p, board, mark);
     f.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
     f.own_stream = reinterpret_cast<float *>(room(f.rows() * p.own_hidden * sizeof(float)));
     f.make_rooms(room);
     int most_tiles = p.sums_bytes / (WARPS * f.rows() * TILE * int(sizeof(float))), round = 0;
     int sequences = f.sequences();
-#pragma unroll 1
-    for (int i = 0; i < p.count; ++i) {
-        const Phase &phase = phases[i % NEAR];
+    auto take_phase = [&](int i) {
+        const Phase &phase = phases[++f.mark % NEAR];
         Share share = Share::load(shares[weights[i].shape]);
         int kind = phase.kind;
-        uint64_t later = load_phase(i + 1);
-        ++f.mark;
+        uint64_t later = load_phase(i + 1 < p.count ? i + 1 : 0);
         if (share.count == 0 && !F::is_for_all(kind)) {
-            keep_phase(i + 1, later);
+            keep_phase(f.mark + 1, later);
             meet();
-            continue;
+            return;
         }
         typename F::Ahead ahead;
         int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
@@ -205,7 +244,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
                 f.products(kind, ring, phase, share, product, tiles);
             else
                 ring.skip(tiles * share.pieces);
-            keep_phase(i + 1, later);
+            keep_phase(f.mark + 1, later);
             meet();
             if (F::is_whole(kind)) break;
             tasks = tiles * sequences * TILE;
@@ -217,11 +256,16 @@ template <typename F> __device__ void run(const typename F::Step &p) {
             }
         } while ((first += most_tiles) < share.all_tiles);
         f.end(kind, phase, share, ahead);
-    }
-    if (p.chosen) {
+    };
+#pragma unroll 1
+    do {
+#pragma unroll 1
+        for (int i = 0; i < p.count; ++i) take_phase(i);
+        if (!p.chosen) break;
         meet();
-        choose<E>(p, Share::load(shares[weights[p.count - 1].shape]), f.mark);
-    }
+        choose(f, Share::load(shares[weights[p.count - 1].shape]));
+        meet();
+    } while (board.steps[0] < p.steps);
     if (threadIdx.x > 0) return;
     // the last block leaves the next step's mark
     if (atomicAdd(p.epoch + 1, 1u) + 1 < gridDim.x) return;

@@ -64,11 +64,10 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     }
     const Step &p;
     float *own_u, *own_z; // [R, own_channels]
-    int *slots;           // [R / T]
     char *selected;       // [R, rank + 2 N], for all warps
     int selected_pitch;
 
-    __device__ Mamba(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
+    __device__ Mamba(const Step &p, Board &board, uint32_t mark) : Base{p, board, mark}, p(p) {}
     template <typename Room> __device__ void make_rooms(Room &&room) {
         int own_bytes = this->rows() * p.own_channels * sizeof(float);
         own_u = reinterpret_cast<float *>(room(own_bytes));
@@ -77,9 +76,6 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
         int selected_groups = (words_of<E>(p.rank + 2 * p.states) * 4 + GROUP - 1) / GROUP;
         selected_pitch = pitch_of(selected_groups + selected_groups / WARPS);
         selected = room(this->rows() * selected_pitch);
-        slots = reinterpret_cast<int *>(room(MOST_ROWS * sizeof(int)));
-        if (threadIdx.x < this->sequences()) slots[threadIdx.x] = p.slots[threadIdx.x];
-        meet();
     }
     static __device__ bool takes_norm(int kind) { return kind == MIX || kind == HEAD; }
     static __device__ bool is_for_all(int) { return false; }
@@ -96,7 +92,7 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     __device__ void prepare(K kind, const Phase &phase, const Share &, const Task &task, Ahead &ahead) {
         ahead.place = nullptr;
         if (kind != MIX || !task.live || task.segment) return;
-        ahead.place = Filter::place(p, phase, task.output, slots[task.sequence]);
+        ahead.place = Filter::place(p, phase, task.output, this->board.slots[task.sequence]);
         Filter(ahead.early, p).load(phase, task.output, ahead.place);
     }
     __device__ Input input(int kind, const Share &share) const {

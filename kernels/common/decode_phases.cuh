@@ -36,18 +36,23 @@ struct Step {
     const int *slots;      // [R / T]; below zero: idle
     const void *embedding; // [V, hidden]
     void *logits;          // [R, V]
-    unsigned *chosen;      // [R] the most probable tokens; or null
+    unsigned *chosen;      // [steps, MOST_ROWS] the most probable tokens; or null
     Word *stream;          // [R, hidden], f32
     Word *best;            // [blocks, MOST_ROWS, 2]
     Copies copies;
-    int padding;
+    int steps;             // in a row, each with the tokens that the one before has chosen; one where none are
     unsigned *epoch;       // the mark before the step's first, and the blocks that are done
+    const unsigned *stops; // [V] bits: the tokens behind which a row ends; or null
     // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of the ring,
     // and groups of a row in a slot at most
     int own_hidden, sums_bytes, x_bytes, ring_slots, slot_groups, last_padding;
 
     __device__ int slot_bytes() const { return TILE * pitch_of(WARPS * slot_groups); }
 };
+
+// The slot of a row that has ended: below zero, so that its state stays, and none that was idle from the beginning.
+constexpr int IDLE = -1;
+__device__ __forceinline__ int ended(int slot) { return slot < 0 ? slot : IDLE - 1 - slot; }
 
 // Brings what lies at `from` close: into L2, where no stream of weights is in the way.
 __device__ __forceinline__ void hint(const void *from, int bytes) {
@@ -66,11 +71,19 @@ __device__ __forceinline__ float sum_of_warps(const Share &share, const float *a
 }
 static_assert(WARPS == 8, "as many parts");
 
+// What all warps of a block know.
+struct Board {
+    float row_sums[2][WARPS][MOST_ROWS]; // used in turn, so that one barrier is enough
+    unsigned ids[MOST_ROWS];             // the tokens of the step
+    int slots[MOST_ROWS];                // of the sequences; below zero: idle, or ended
+    int steps[MOST_ROWS];                // that each row has had
+};
+
 // A block's memory and what it knows throughout a step. With many rows, words come in larger groups.
 template <typename E, bool MANY> struct Block {
     static constexpr bool IS_MANY = MANY;
     const Step &p;
-    float (*row_sums)[WARPS][MOST_ROWS]; // [2], used in turn, so that one barrier is enough
+    Board &board;
     uint32_t mark;                       // of the current phase; its inputs have that of the phase before
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
@@ -82,7 +95,7 @@ template <typename E, bool MANY> struct Block {
     __device__ int sequences() const { return MANY && p.tokens > 1 ? Divide(p.tokens)(p.rows) : rows(); }
 
     __device__ float embedded(int row, int k) const {
-        E e = static_cast<const E *>(p.embedding)[int64_t(p.ids[row]) * p.hidden + k];
+        E e = static_cast<const E *>(p.embedding)[int64_t(board.ids[row]) * p.hidden + k];
         return p.embedding_scale == 1.0f ? widen(e) : widen(narrow<E>(widen(e) * p.embedding_scale));
     }
     // Where a phase's inputs lie, which are elements as they come, or norms in the place of the numbers of the stream.
@@ -150,7 +163,7 @@ template <typename E, bool MANY> struct Block {
             for (int m = 0; m < COUNT; ++m)
                 if (has[m]) sum += f(value[m]);
             sum = warp_sum(sum);
-            float *sums = row_sums[pass][0];
+            float *sums = board.row_sums[pass][0];
             if (lane_of() == 0) sums[warp_of()] = sum;
             meet();
             return sum_of_warps(share, sums, 1) * each;
@@ -231,10 +244,10 @@ template <typename E, bool MANY> struct Block {
                     for (int t = 0; t < TOGETHER; ++t) sum[t] += __shfl_xor_sync(~0u, sum[t], step);
 #pragma unroll
                 for (int t = 0; t < TOGETHER; ++t)
-                    if (lane_of() == 0) row_sums[pass][warp_of()][row + t] = sum[t];
+                    if (lane_of() == 0) board.row_sums[pass][warp_of()][row + t] = sum[t];
             }
             meet();
-            return sum_of_warps(share, &row_sums[pass][0][lane_of() % MOST_ROWS], MOST_ROWS) / p.hidden;
+            return sum_of_warps(share, &board.row_sums[pass][0][lane_of() % MOST_ROWS], MOST_ROWS) / p.hidden;
         };
         float mean = 0.0f, square;
         if (layer) {

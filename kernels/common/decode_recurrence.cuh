@@ -85,7 +85,7 @@ template <typename E, bool MANY> struct Recurrence {
         task = min(task, tasks - 1);
         sequence = Divide(share.count)(task);
         own = task - sequence * share.count, channel = share.first + own;
-        slot = b.slots[sequence];
+        slot = b.board.slots[sequence];
         place = channel * b.p.states;
     }
     __device__ float *state() const { return phase.state + int64_t(slot) * b.p.channels * b.p.states + place; }

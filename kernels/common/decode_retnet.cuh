@@ -33,20 +33,19 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     const Step &p;
     float *own_v, *own_g; // [R, own_values]; v becomes o
     float *decays;        // [H] gamma
-    int *slots;           // [R / T], and behind MOST_ROWS of them the positions
+    unsigned *positions;  // [R / T], of the first step
 
-    __device__ RetNet(const Step &p, float (*row_sums)[WARPS][MOST_ROWS], uint32_t mark) : Base{p, row_sums, mark}, p(p) {}
+    __device__ RetNet(const Step &p, Board &board, uint32_t mark) : Base{p, board, mark}, p(p) {}
     template <typename Room> __device__ void make_rooms(Room &&room) {
         int own_bytes = this->rows() * p.own_values * sizeof(float);
         own_v = reinterpret_cast<float *>(room(own_bytes));
         own_g = reinterpret_cast<float *>(room(own_bytes));
         room(WARPS * this->rows() * p.most_heads * sizeof(float)); // see scales
         decays = reinterpret_cast<float *>(room(p.heads * sizeof(float)));
-        slots = reinterpret_cast<int *>(room(2 * MOST_ROWS * sizeof(int)));
+        positions = reinterpret_cast<unsigned *>(room(MOST_ROWS * sizeof(unsigned)));
 #pragma unroll 1
         for (int h = threadIdx.x; h < p.heads; h += THREADS) decays[h] = expf(p.logs[h]);
-        if (threadIdx.x < this->sequences())
-            slots[threadIdx.x] = p.slots[threadIdx.x], slots[MOST_ROWS + threadIdx.x] = p.positions[threadIdx.x];
+        if (threadIdx.x < this->sequences()) positions[threadIdx.x] = p.positions[threadIdx.x];
         meet();
     }
     // [R, most_heads] of the warp: those of all lie before the decays
@@ -62,6 +61,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         __device__ Source(const Step &p, Ring &ring, int warp) : Filler(ring, warp), p(p), first(p.slots[0]) {}
         __device__ void copy(const Weights &weights, const Share &share) {
             if (share.form != POOL) return Filler::copy<true>(weights, share);
+            Filler::follow();
             Columns columns(p, share);
             int sequences = MANY ? p.rows / p.tokens : 1;
 #pragma unroll 1
@@ -98,7 +98,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     __device__ void turn(const Task &task, int t, Ahead &ahead) {
         ahead.cos = 1.0f, ahead.sin = 0.0f, ahead.factor = 1.0f;
         if (!task.live) return;
-        unsigned position = unsigned(slots[MOST_ROWS + task.sequence]) + t;
+        unsigned position = positions[task.sequence] + this->board.steps[task.sequence] + t;
         int head = Divide(p.key)(task.output), pair = (task.output - head * p.key) / 2;
         if (p.turns) {
             // signed half turns, of which 32 bits are as exact as an f32 can tell
@@ -116,7 +116,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         if (kind == QUERY) {
             if (!MANY) turn(task, 0, ahead);
         } else if (kind == RETAIN) {
-            ahead.slot = slots[task.sequence];
+            ahead.slot = this->board.slots[task.sequence];
             ahead.weight = 1.0f;
             if (task.live && phase.weight) ahead.weight = phase.weight[task.output - Divide(p.value)(task.output) * p.value];
         } else if (kind == UP) {
@@ -186,8 +186,9 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         int first_head = Divide(p.value)(share.first), sequences = this->sequences(), pitch = p.key / 4 * LINE;
 #pragma unroll 1
         for (int s = 0, row = 0; s < sequences; ++s, row += this->tokens()) {
-            int slot = slots[s];
-            if (slot < 0) continue;
+            int slot = this->board.slots[s];
+            if (slot == IDLE) continue;
+            bool keep = p.keep && slot >= 0; // the state of a row that has ended comes, and stays
 #pragma unroll 1
             for (int start = 0; start < columns.each; start += columns.most) {
                 // lanes share the slot's channels
@@ -223,7 +224,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
                                 o[t] = fmaf(widen(qk[0][i]), h[i], o[t]);
                             }
                         }
-                        if (p.keep) __stcs(reinterpret_cast<float4 *>(to + key), make_float4(h[0], h[1], h[2], h[3]));
+                        if (keep) __stcs(reinterpret_cast<float4 *>(to + key), make_float4(h[0], h[1], h[2], h[3]));
                     }
                 }
                 ring.release();

@@ -170,20 +170,38 @@ struct Ring {
 struct Filler {
     Ring &ring;
     Ring oldest; // of the slots on their way
-    int warp, flying = 0, most;
+    int warp, flying = 0, usual, most; // slots on their way: now, at most
+    int filled = 0;
+    bool again = false;  // another step than the first
+    bool lapped = false; // a ring is no longer than a step: what is filled now, the step before has read
     uint64_t policy; // weights come once a step: they leave L2 to what stays
 
     __device__ Filler(Ring &ring, int warp)
-        : ring(ring), oldest(ring), warp(warp), most(min(ring.size, max(1, FLYING / ring.bytes))) {
+        : ring(ring), oldest(ring), warp(warp), usual(min(ring.size, max(1, FLYING / ring.bytes))), most(usual) {
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    }
+    // Another step begins.
+    __device__ void go_on() {
+        if (again) return;
+        again = true, lapped = filled >= ring.size;
+    }
+    __device__ void rush(bool all) { most = all ? ring.size : usual; }
+    // Behind what the block has written to memory in the step before, for copies of it.
+    __device__ void follow() {
+        if (!again) return;
+        if (!lapped) {
+            Ring each = ring;
+#pragma unroll 1
+            for (int i = 0; i < ring.size; ++i, each.turn()) each.wait_empty();
+        }
+        fence_bulk();
     }
     // Fills the next slot with `count` pieces, `pitch` apart, the i-th of which is place(i): where it lies, and how many bytes
     // of it, at most `whole`, are there. ZEROS: what is not there shall be zero.
     template <bool ZEROS, typename F> __device__ void fill(int count, int pitch, int whole, F &&place) {
-        if (flying < most)
-            ++flying;
-        else
-            oldest.wait_full(), oldest.turn();
+#pragma unroll 1
+        for (; flying >= most; --flying) oldest.wait_full(), oldest.turn();
+        ++flying, ++filled;
         ring.wait_empty();
         uint32_t slot = ring.slot(), flag = ring.full + ring.next * Ring::FLAG;
         if (BULK) {
@@ -224,7 +242,7 @@ struct Filler {
     // Between writes and bulk copies to the same place.
     static __device__ void fence_bulk() {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");
 #endif
     }
     // The block's share of a phase's weights. PAIRS: rows may go in pairs.

@@ -6,6 +6,10 @@ use crate::ops::Segments;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use std::borrow::Cow;
+use std::collections::VecDeque;
+
+/// Greedy tokens that a decoder draws at a time, before they are given out one by one.
+const AHEAD: usize = 8;
 
 /// Why a row ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +36,7 @@ pub struct Token {
 ///
 /// The prompts are read in one call (padded to one length, which no row notices); then every step feeds the tokens just
 /// drawn, one a row. Rows that have ended are taken out of the batch. After an error the iterator ends. Where the model has
-/// a [`Decoder`] with kernels of its own, the steps go through that.
+/// a [`Decoder`] with kernels of its own, the steps go through that; greedy ones then come eight at a time.
 ///
 /// ```
 /// # use candle_core::{DType, Device};
@@ -57,7 +61,8 @@ pub struct Generation<'a> {
     /// The rows still running: row `running[i]` is row `i` of `state` and `logits`.
     running: Vec<usize>,
     state: ModelState,
-    /// Holds the rows' states instead, row `r` in slot `r`, where it has kernels for them.
+    /// Holds the rows' states instead, row `r` in slot `r`, where it has kernels for them; `state` is then that behind the
+    /// prompts.
     decoder: Option<Decoder<'a>>,
     /// Of the last token fed, `[rows running, V]`; none once they are drawn from.
     logits: Option<Tensor>,
@@ -66,8 +71,9 @@ pub struct Generation<'a> {
 #[derive(Debug)]
 struct Row {
     sampler: Sampler,
-    drawn: usize,
-    last: u32,
+    drawn: Vec<u32>,
+    /// What the decoder has drawn ahead.
+    ahead: VecDeque<u32>,
     /// Once it has ended.
     state: Option<ModelState>,
 }
@@ -111,7 +117,7 @@ impl<'a> Generation<'a> {
         let row = |(i, prompt): (usize, &&[u32])| {
             let mut sampler = Sampler::new(&config, i)?;
             sampler.observe(prompt);
-            Ok(Row { sampler, drawn: 0, last: 0, state: None })
+            Ok(Row { sampler, drawn: vec![], ahead: VecDeque::new(), state: None })
         };
         let rows: Vec<Row> = prompts.iter().enumerate().map(row).collect::<Result<_>>()?;
         // a trainable model would build a graph with every step, to no end
@@ -131,21 +137,45 @@ impl<'a> Generation<'a> {
     /// Those of candle.
     pub fn into_states(self) -> Result<Vec<ModelState>> {
         let place = |row: usize| self.running.iter().position(|&r| r == row).unwrap_or(row);
-        let state = |(row, own): (usize, Row)| match (own.state, &self.decoder) {
-            (Some(state), _) => Ok(state),
-            (None, Some(decoder)) => decoder.state(row),
+        let state = |(row, own): (usize, &Row)| match (&own.state, &self.decoder) {
+            (Some(state), _) => Ok(state.clone()),
+            (None, Some(decoder)) if own.ahead.is_empty() => decoder.state(row),
+            (None, Some(_)) => self.read_again(row, &own.drawn),
             (None, None) => self.state.select(&[place(row)]),
         };
-        self.rows.into_iter().enumerate().map(state).collect()
+        self.rows.iter().enumerate().map(state).collect()
+    }
+
+    /// The state of a row that the decoder has taken further: the tokens given out, but the last, behind the prompt.
+    fn read_again(&self, row: usize, drawn: &[u32]) -> Result<ModelState> {
+        let mut state = self.state.select(&[row])?;
+        if let Some((_, seen)) = drawn.split_last()
+            && !seen.is_empty()
+        {
+            read(&self.model, &[seen], &mut state)?;
+        }
+        Ok(state)
+    }
+
+    /// The most probable tokens of the running rows. The device looks for them itself, some steps ahead.
+    fn greedy(&mut self, last: &[u32], slots: &[Option<usize>]) -> Result<Vec<u32>> {
+        let Self { decoder: Some(decoder), running, rows, config, .. } = self else { return Ok(vec![]) };
+        // all that run have drawn as many, and as many are ahead of them
+        if let Some(drawn) = running.first().map(|&row| &rows[row]).filter(|row| row.ahead.is_empty()) {
+            let steps = AHEAD.min(config.max_tokens - drawn.drawn.len());
+            let chosen = decoder.greedy(slots, last, steps, &config.stop_tokens)?;
+            running.iter().zip(chosen).for_each(|(&row, ids)| rows[row].ahead = ids.into());
+        }
+        Ok(running.iter().filter_map(|&row| rows[row].ahead.pop_front()).collect())
     }
 
     fn step(&mut self) -> Result<Vec<Token>> {
-        let last: Vec<u32> = self.running.iter().map(|&row| self.rows[row].last).collect();
+        let last = |row: usize| self.rows[row].drawn.last().copied().unwrap_or(0);
+        let last: Vec<u32> = self.running.iter().map(|&row| last(row)).collect();
         let slots: Vec<Option<usize>> = self.running.iter().copied().map(Some).collect();
         let ids = match (self.logits.take(), &mut self.decoder) {
             (Some(logits), _) => self.draw(&logits)?,
-            // the device looks for the most probable tokens itself
-            (None, Some(decoder)) if self.config.is_greedy() => decoder.step_greedy(&slots, &last)?,
+            (None, Some(_)) if self.config.is_greedy() => self.greedy(&last, &slots)?,
             (None, Some(decoder)) => {
                 let logits = decoder.step(&slots, &last)?.squeeze(1)?;
                 self.draw(&logits)?
@@ -159,12 +189,11 @@ impl<'a> Generation<'a> {
         let mut tokens = Vec::with_capacity(self.running.len());
         for (&row, id) in self.running.iter().zip(ids) {
             let own = &mut self.rows[row];
-            own.last = id;
-            own.drawn += 1;
+            own.drawn.push(id);
             let finish = if self.config.stop_tokens.contains(&id) {
                 Some(Finish::Stop)
             } else {
-                (own.drawn >= self.config.max_tokens).then_some(Finish::Length)
+                (own.drawn.len() >= self.config.max_tokens).then_some(Finish::Length)
             };
             tokens.push(Token { row, id, finish });
         }

@@ -1,7 +1,7 @@
 //! Decoding by kernels of its own, against the model's forward pass on the same device and on the CPU.
 
 use crate::common::*;
-use crate::decoder_laws::{follows_the_model, greedy_is_the_largest_logit, refuses_nonsense};
+use crate::decoder_laws::*;
 use crate::gpu;
 use candle_core::{DType, Device};
 use subquadratic::generate::{Generation, GenerationConfig, generate};
@@ -134,6 +134,14 @@ fn steps_are_the_model() {
     }
     for configs in [mambas(), retnets()] {
         greedy_is_the_largest_logit(&model(&configs[0], DType::F32, &device));
+        // a step of the smallest ones is shorter than the ring of weights
+        let smallest = [ModelConfig::mamba(64, 1, VOCABULARY), ModelConfig::retnet(64, 1, VOCABULARY)];
+        for config in configs.iter().chain(&smallest) {
+            steps_in_a_row_are_steps_in_turn(
+                &format!("{:?}", config.family),
+                &model(config, DType::F32, &device),
+            );
+        }
         refuses_nonsense(&model(&configs[1], DType::F32, &device));
     }
 }
@@ -189,14 +197,17 @@ fn generation_is_the_cpus() {
     }
     // and the states that it leaves
     for own in [&mambas()[0], &retnets()[0], &retnets()[1]] {
-        let states = |device: &Device| {
-            let model = model(own, DType::F32, device);
-            let mut generation = Generation::new(&model, &prompts, GenerationConfig::greedy(4)).unwrap();
-            generation.by_ref().for_each(|step| drop(step.unwrap()));
-            generation.into_states().unwrap()
-        };
-        for (got, want) in states(&device).iter().zip(&states(&Device::Cpu)) {
-            crate::decoder_laws::assert_same_state("behind a generation", got, want, 1e-4);
+        // to its end, or left before
+        for taken in [1, 5, 20] {
+            let states = |device: &Device| {
+                let model = model(own, DType::F32, device);
+                let mut generation = Generation::new(&model, &prompts, GenerationConfig::greedy(20)).unwrap();
+                generation.by_ref().take(taken).for_each(|step| drop(step.unwrap()));
+                generation.into_states().unwrap()
+            };
+            for (got, want) in states(&device).iter().zip(&states(&Device::Cpu)) {
+                crate::decoder_laws::assert_same_state("behind a generation", got, want, 1e-4);
+            }
         }
     }
 }

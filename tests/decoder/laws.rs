@@ -101,6 +101,62 @@ pub fn greedy_is_the_largest_logit(model: &LanguageModel) {
     }
 }
 
+/// Greedy steps in a row are greedy steps in turn, rows end behind a stop token, and their states are left there.
+pub fn steps_in_a_row_are_steps_in_turn(what: &str, model: &LanguageModel) {
+    let random = &mut Random::new(2);
+    let vocabulary = model.config().vocab_size;
+    for (steps, slots) in [
+        (1, vec![Some(0)]),
+        (2, vec![Some(3), None, Some(1)]),
+        (16, vec![Some(1)]),
+        (37, vec![Some(2), Some(0)]),
+    ] {
+        let [mut in_turn, mut in_a_row] = [0, 1].map(|_| Decoder::new(model, 4).unwrap());
+        let prompt: Vec<u32> = slots.iter().map(|_| random.int(0, vocabulary - 1) as u32).collect();
+        let mut token = |ids: &[u32]| in_turn.step_greedy(&slots, ids).unwrap();
+        let mut tokens = vec![token(&prompt)];
+        for step in 1..steps {
+            tokens.push(token(&tokens[step - 1]));
+        }
+        for stop in
+            [vec![], vec![tokens[steps / 2][0]], vec![tokens[0][0], tokens[steps - 1][slots.len() - 1]]]
+        {
+            let what = format!("{what}: {steps} steps, {slots:?}, stop at {stop:?}");
+            let got = in_a_row.greedy(&slots, &prompt, steps, &stop).unwrap();
+            let mut alone = Decoder::new(model, 4).unwrap();
+            for (row, slot) in slots.iter().enumerate() {
+                let Some(slot) = *slot else {
+                    assert!(got[row].is_empty(), "{what}");
+                    continue;
+                };
+                let mut want: Vec<u32> = tokens.iter().map(|tokens| tokens[row]).collect();
+                if let Some(last) = want.iter().position(|id| stop.contains(id)) {
+                    want.truncate(last + 1);
+                }
+                assert_eq!(got[row], want, "{what}: row {row}");
+                let seen = [&prompt[row..=row], &want[..want.len() - 1]].concat();
+                seen.iter().for_each(|&id| drop(alone.step(&[Some(slot)], &[id]).unwrap()));
+                let states = [&in_a_row, &alone].map(|decoder| decoder.state(slot).unwrap());
+                assert_same_state(&what, &states[0], &states[1], 1e-5);
+                in_a_row.reset(slot).unwrap();
+            }
+        }
+    }
+    // a logit that is no number ends its row
+    let mut decoder = Decoder::new(model, 2).unwrap();
+    let nan = {
+        let mut state = model.init_state(1).unwrap();
+        let parts = state.blocks[0].tensors_mut();
+        parts.into_iter().for_each(|(_, part)| *part = part.affine(1.0, f64::NAN).unwrap());
+        state
+    };
+    decoder.set_state(1, &nan, 0).unwrap();
+    let error = decoder.greedy(&[Some(0), Some(1)], &[1, 1], 5, &[]).unwrap_err().to_string();
+    assert!(error.contains("logits of row 1"), "{error}");
+    assert!(decoder.greedy(&[Some(0)], &[1, 2], 5, &[]).unwrap_err().to_string().contains("one a row"));
+    assert!(decoder.greedy(&[Some(0)], &[1], 5, &[]).is_ok());
+}
+
 /// What makes no sense is refused, and changes nothing.
 pub fn refuses_nonsense(model: &LanguageModel) {
     let mut decoder = Decoder::new(model, 2).unwrap();

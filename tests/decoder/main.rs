@@ -33,6 +33,7 @@ fn every_model_follows_itself() {
 #[test]
 fn the_most_probable_token() {
     laws::greedy_is_the_largest_logit(&model(&configs()[0], DType::F32));
+    laws::steps_in_a_row_are_steps_in_turn("on the CPU", &model(&configs()[0], DType::F32));
 }
 
 #[test]

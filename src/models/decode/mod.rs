@@ -67,6 +67,13 @@ enum Inner {
     Fused(Box<Fused>),
 }
 
+/// In the place of a token where a logit is no number.
+const NONE: u32 = u32::MAX;
+
+fn no_numbers(row: usize) -> Error {
+    Error::value(format!("logits of row {row}"), "numbers", "NaN or infinity")
+}
+
 /// Slots and the tokens that their sequences have had.
 #[cfg(feature = "cuda")]
 fn rows(slots: &[Option<usize>], positions: &[usize]) -> Vec<fused::Row> {
@@ -198,28 +205,95 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// As [`Decoder::step`]; a logit that is NaN or infinite.
     pub fn step_greedy(&mut self, slots: &[Option<usize>], ids: &[u32]) -> Result<Vec<u32>> {
+        if ids.len() == slots.len() {
+            let chosen = self.greedy(slots, ids, 1, &[])?;
+            return Ok(chosen.into_iter().map(|row| row.first().copied().unwrap_or(0)).collect());
+        }
         let tokens = self.check(slots, ids)?;
+        let chosen = self.most_probable(slots, ids, tokens)?;
+        self.advance(slots, |_| tokens);
+        match chosen.iter().position(|&id| id == NONE) {
+            Some(row) => Err(no_numbers(row)),
+            None => Ok(chosen),
+        }
+    }
+
+    /// Up to `steps` steps in a row: the first with one token a row, every other one with the most probable tokens of the
+    /// step before (of equals the lowest id). For each row its most probable tokens, which end behind the first that is one
+    /// of `stop`; none for an idle row. The state of a row has seen its `ids` and these tokens but the last.
+    ///
+    /// On CUDA, up to 16 steps are one launch, and the host waits for no token but the last.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`]; another number of tokens than one a row; a logit that is NaN or infinite, behind which the row's
+    /// state stays.
+    pub fn greedy(
+        &mut self,
+        slots: &[Option<usize>],
+        ids: &[u32],
+        steps: usize,
+        stop: &[u32],
+    ) -> Result<Vec<Vec<u32>>> {
+        if self.check(slots, ids)? != 1 {
+            return Err(Error::value(
+                "decoder: number of ids",
+                format!("{}, one a row", slots.len()),
+                ids.len(),
+            ));
+        }
+        self.pending = None;
+        let (mut running, mut last) = (slots.to_vec(), ids.to_vec());
+        let mut rows = vec![vec![]; slots.len()];
+        let mut left = steps;
+        while left > 0 && running.iter().any(Option::is_some) {
+            let chosen = self.steps_in_a_row(&running, &last, left, stop)?;
+            left -= chosen.len();
+            for (row, slot) in running.iter_mut().enumerate() {
+                for ids in &chosen {
+                    let (Some(own), id) = (*slot, ids[row]) else { break };
+                    self.positions[own] += 1;
+                    if id == NONE || stop.contains(&id) {
+                        *slot = None;
+                    }
+                    rows[row].push(id);
+                    last[row] = id;
+                }
+            }
+            if let Some(row) = rows.iter().position(|row| row.last() == Some(&NONE)) {
+                return Err(no_numbers(row));
+            }
+        }
+        Ok(rows)
+    }
+
+    /// As many steps, of `most`, as go in a row, one at least: the rows' most probable tokens of each, `NONE` where a logit
+    /// is no number. Positions stay.
+    fn steps_in_a_row(
+        &mut self,
+        slots: &[Option<usize>],
+        ids: &[u32],
+        most: usize,
+        stop: &[u32],
+    ) -> Result<Vec<Vec<u32>>> {
         #[cfg(feature = "cuda")]
         if let Inner::Fused(fused) = &mut self.inner
             && ids.len() <= fused.most_rows()
-            && tokens == 1
         {
-            let chosen = fused.greedy(&rows(slots, &self.positions), ids)?;
-            self.advance(slots, |_| 1);
-            let bad = chosen.iter().zip(slots).position(|(id, slot)| *id == u32::MAX && slot.is_some());
-            return match bad {
-                Some(row) => Err(Error::value(format!("logits of row {row}"), "numbers", "NaN or infinity")),
-                None => Ok(chosen),
-            };
+            return fused.greedy(&rows(slots, &self.positions), ids, most, stop);
         }
+        let _ = (most, stop);
+        Ok(vec![self.most_probable(slots, ids, 1)?])
+    }
+
+    /// The rows' most probable tokens behind the last of theirs. Positions stay.
+    fn most_probable(&mut self, slots: &[Option<usize>], ids: &[u32], tokens: usize) -> Result<Vec<u32>> {
         let logits = self.run(slots, ids, tokens, true)?.narrow(1, tokens - 1, 1)?.squeeze(1)?;
-        self.advance(slots, |_| tokens);
         let rows = logits.to_dtype(candle_core::DType::F64)?.to_vec2::<f64>()?;
         let best = |(row, slot): (&Vec<f64>, &Option<usize>)| match slot {
-            Some(_) => crate::generate::argmax(row),
-            None => Ok(0),
+            Some(_) => crate::generate::argmax(row).unwrap_or(NONE),
+            None => 0,
         };
-        rows.iter().zip(slots).map(best).collect()
+        Ok(rows.iter().zip(slots).map(best).collect())
     }
 
     /// As [`Decoder::step`], but the states stay as they are until [`Decoder::accept`].

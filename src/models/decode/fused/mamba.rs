@@ -1,7 +1,6 @@
 //! Models of Mamba blocks: `kernels/common/decode_mamba.cuh`.
 
 use super::super::super::{LanguageModel, MixerState};
-use super::MOST_ROWS;
 use super::blocks::{Blocks, Kernels, Places};
 use super::kernels::{Phase, Shape, Step};
 use super::layout::{GRAIN, GROUP, Layout, Needs, Split, TILE, WARPS, pitch};
@@ -121,8 +120,8 @@ impl Sizes {
             x: split.pitch(self.channels * element),
             // what was selected is read as one piece
             slot: if split.pieces(self.padded_rank(element) * element) > 1 { usize::MAX } else { 0 },
-            // with what the last warp reads behind the end; slots
-            rooms: vec![rows * pitch(selected + selected / WARPS), MOST_ROWS * size_of::<i32>()],
+            // with what the last warp reads behind the end
+            rooms: vec![rows * pitch(selected + selected / WARPS)],
             ..Needs::default()
         }
     }

@@ -25,13 +25,15 @@ use kernels::Step;
 use mamba::Mamba;
 use program::Program;
 use retnet::RetNet;
-use rooms::{Drafts, Room, Words, pointer_of};
+use rooms::{Drafts, Room, Stops, Words, pointer_of};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weights::Common;
 
 /// Rows (tokens of all sequences) that the kernel takes at a time at most.
 const MOST_ROWS: usize = 8;
+/// Steps that it takes in a row at most, each with the tokens that the one before has chosen.
+const MOST_STEPS: usize = 16;
 /// Where in `io` the ids, slots, positions, counts and chosen ids begin; what the host writes for a step comes first.
 const IDS: usize = 0;
 const SLOTS: usize = MOST_ROWS;
@@ -64,6 +66,7 @@ pub(super) struct Fused {
     io_places: Io,
     logits: Room,
     words: Words,
+    stops: Stops,
     /// What drafts leave for `accept`; made by the first draft.
     drafts: Option<Drafts>,
     graphs: HashMap<Shape, Option<Graph>>,
@@ -78,7 +81,10 @@ struct Shape {
     sequences: usize,
     tokens: usize,
     keep: bool,
-    greedy: bool,
+    /// Steps in a row that choose their tokens; none: one that does not.
+    greedy: usize,
+    /// Where the bits of the tokens behind which rows end lie, or null.
+    stops: u64,
 }
 
 impl std::fmt::Debug for Fused {
@@ -109,7 +115,7 @@ impl Fused {
         let words = Words::new(&widths, &device, &stream)?;
         let program = Program::new(&common, &*family, &pool, &words.own, blocks, &device)?;
         let Some(program) = program else { return Ok(None) };
-        let mut io = device.alloc_zeros::<u32>(CHOSEN + MOST_ROWS)?;
+        let mut io = device.alloc_zeros::<u32>(CHOSEN + MOST_STEPS * MOST_ROWS)?;
         let io_pointer = pointer_of(&mut io, &stream);
         let place = |place: usize| io_pointer + (place * size_of::<u32>()) as u64;
         Ok(Some(Self {
@@ -122,6 +128,7 @@ impl Fused {
             },
             io,
             logits: zeros(MOST_ROWS * common.vocabulary)?,
+            stops: Stops::new(common.vocabulary, &device, &stream)?,
             program,
             words,
             drafts: None,
@@ -148,7 +155,7 @@ impl Fused {
         let group = most / tokens;
         let mut parts = vec![];
         for (rows, ids) in rows.chunks(group).zip(ids.chunks(group * tokens)) {
-            self.launch(rows, ids, Shape { sequences: rows.len(), tokens, keep, greedy: false })?;
+            self.launch(rows, ids, Shape { sequences: rows.len(), tokens, keep, greedy: 0, stops: 0 })?;
             parts.push(self.logits(rows.len(), tokens)?);
         }
         match <[Tensor; 1]>::try_from(parts) {
@@ -175,11 +182,20 @@ impl Fused {
         Ok(Tensor::cat(&parts, 1)?)
     }
 
-    /// The most probable token after one token a row; `u32::MAX` where a logit is no number.
-    pub(super) fn greedy(&mut self, rows: &[Row], ids: &[u32]) -> Result<Vec<u32>> {
-        self.launch(rows, ids, Shape { sequences: rows.len(), tokens: 1, keep: true, greedy: true })?;
-        let chosen = self.io.slice(CHOSEN..CHOSEN + rows.len());
-        Ok(self.device.clone_dtoh(&chosen)?)
+    /// Steps with one token a row, each but the first with the most probable ones of the step before: those of up to `steps`
+    /// steps, `u32::MAX` where a logit is no number. A row's state stays as it is behind one of `stop`, or no number.
+    pub(super) fn greedy(
+        &mut self,
+        rows: &[Row],
+        ids: &[u32],
+        steps: usize,
+        stop: &[u32],
+    ) -> Result<Vec<Vec<u32>>> {
+        let (sequences, greedy) = (rows.len(), steps.min(MOST_STEPS));
+        let stops = self.stops.set(stop, &self.device)?;
+        self.launch(rows, ids, Shape { sequences, tokens: 1, keep: true, greedy, stops })?;
+        let chosen = self.device.clone_dtoh(&self.io.slice(CHOSEN..CHOSEN + greedy * MOST_ROWS))?;
+        Ok(chosen.chunks(MOST_ROWS).map(|chosen| chosen[..sequences].to_vec()).collect())
     }
 
     /// The states of the last draft's rows move behind their first `counts` tokens.
@@ -288,7 +304,9 @@ impl Fused {
             slots: self.io_places.slots,
             embedding: common.embedding.pointer,
             logits: self.logits.pointer,
-            chosen: if shape.greedy { self.io_places.chosen } else { 0 },
+            chosen: if shape.greedy > 0 { self.io_places.chosen } else { 0 },
+            steps: shape.greedy.max(1) as i32,
+            stops: shape.stops,
             stream: self.words.stream,
             best: self.words.best,
             apart: self.words.apart as i32,
@@ -312,7 +330,7 @@ impl Fused {
             io[POSITIONS + i] = position as u32;
         }
         self.write(IDS, &io)?;
-        self.words.advance(self.program.phases(), &self.stream)?;
+        self.words.advance(self.program.phases() * shape.greedy.max(1), &self.stream)?;
         if !shape.keep && self.drafts.is_none() {
             let bytes = self.family.drafts().into_iter().map(|width| width * self.common.element());
             let (bytes, layers) = (bytes.collect::<Vec<_>>(), self.family.layers());

@@ -32,6 +32,13 @@ pub(super) struct Words {
     marks: usize,
 }
 
+/// The tokens behind which rows end, a bit each of the vocabulary.
+pub(super) struct Stops {
+    ids: Vec<u32>,
+    slice: CudaSlice<u32>,
+    pointer: u64,
+}
+
 /// What drafts leave, for [`MOST_ROWS`] rows, of each layer.
 pub(super) struct Drafts {
     _rooms: Vec<Vec<Room>>,
@@ -82,6 +89,29 @@ impl Words {
         }
         self.marks += marks;
         Ok(())
+    }
+}
+
+impl Stops {
+    pub(super) fn new(vocabulary: usize, device: &CudaDevice, stream: &CudaStream) -> Result<Self> {
+        let mut slice = device.alloc_zeros::<u32>(vocabulary.div_ceil(u32::BITS as usize))?;
+        let pointer = pointer_of(&mut slice, stream);
+        Ok(Self { ids: vec![], slice, pointer })
+    }
+
+    /// Where their bits lie; null if there are none. Those that were last set are there already.
+    pub(super) fn set(&mut self, ids: &[u32], device: &CudaDevice) -> Result<u64> {
+        if !ids.is_empty() && self.ids != ids {
+            let mut bits = vec![0u32; self.slice.len()];
+            for id in ids {
+                if let Some(word) = bits.get_mut((id / u32::BITS) as usize) {
+                    *word |= 1 << (id % u32::BITS);
+                }
+            }
+            device.memcpy_htod(&bits, &mut self.slice)?;
+            self.ids = ids.to_vec();
+        }
+        Ok(if ids.is_empty() { 0 } else { self.pointer })
     }
 }
 

@@ -88,7 +88,7 @@ impl Sizes {
             rooms: vec![
                 WARPS * rows * most_heads * size_of::<f32>(),
                 c.heads * size_of::<f32>(),
-                2 * super::super::MOST_ROWS * size_of::<u32>(),
+                super::super::MOST_ROWS * size_of::<u32>(),
             ],
             slot: c.head_key * size_of::<f32>(),
         }
