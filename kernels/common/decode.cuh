@@ -42,10 +42,27 @@ template <typename T> __device__ __forceinline__ T *found(T *x) {
     return x;
 }
 
+// Where warps can have as many registers as they need (sm_90a), one row's products are finished by warps of their own.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <bool MANY> constexpr int FINISHERS_OF = MANY ? 0 : 4;
+#else
+template <bool MANY> constexpr int FINISHERS_OF = 0;
+#endif
+template <bool MANY> constexpr int BLOCK_THREADS = (WARPS + FINISHERS_OF<MANY> + COPIERS) * LANES;
+
+// Barriers of a block: `count` threads come, of which those that only arrive do not wait.
+enum { MULTIPLIERS = 1, FINISHERS_ALONE, BOTH, READY, FREE = READY + 2 };
+__device__ __forceinline__ void meet(int barrier, int count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(int barrier, int count) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 __device__ __forceinline__ int lane_of() { return threadIdx.x % LANES; }
 __device__ __forceinline__ int warp_of() { return threadIdx.x / LANES; }
 // All warps that multiply.
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ void meet() { meet(MULTIPLIERS, THREADS); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

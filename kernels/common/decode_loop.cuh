@@ -42,7 +42,7 @@ struct Best {
 template <typename E, bool MANY> __device__ void choose(const Block<E, MANY> &b, const Share &share) {
     constexpr int TOGETHER = MANY ? 2 : AT_ONCE; // many rows have no registers for more
     const Step &p = b.p;
-    int row = warp_of(), lane = lane_of();
+    int row = b.finisher() / LANES, lane = lane_of();
     if (row >= b.rows()) return;
     const E *logits = static_cast<const E *>(p.logits) + int64_t(row) * p.vocabulary + share.first;
     Best best;
@@ -109,15 +109,16 @@ template <typename E, bool MANY> __device__ void head(Block<E, MANY> &b, const S
         static_cast<E *>(p.logits)[int64_t(task.row + t) * p.vocabulary + task.output] = narrow<E>(task.value(share, t));
 }
 
-// On Hopper, whole groups of four warps can have more registers than at the launch, which gives as many to all: 168.
+// Registers for the four warps of a group; a launch gives as many to all, 168 with three groups, 128 with four.
+template <int COUNT, bool MORE> __device__ __forceinline__ void take_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-static_assert(WARPS == 8 && COPIERS == 4, "216 for two groups, 72 for one");
-__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
-#else
-__device__ __forceinline__ void leave_registers() {}
-__device__ __forceinline__ void take_registers() {}
+    static_assert(WARPS % 4 == 0 && COPIERS % 4 == 0, "whole groups");
+    if constexpr (MORE)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+    else
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
+}
 
 // Copies weights, and brings close what else will be needed, a layer ahead. Who does not copy has the time for that, and keeps
 // to the pace of who does: `done` is the phase he is at.
@@ -148,17 +149,126 @@ __device__ void copy(const typename F::Step &p, const Weights *weights, const Sh
     wait_copies<0>();
 }
 
-template <typename F> __device__ void run(const typename F::Step &p) {
+// What a crew does. Sums go from who multiplies to who finishes in two buffers, in turn; where the crew does both, it meets.
+enum { MULTIPLY = 1, FINISH = 2 };
+
+// The steps, for a crew. `near_phases` are its own.
+template <typename F, int ROLES>
+__device__ __forceinline__ void go(const typename F::Step &p, F &f, Ring &ring, const Weights *weights, const Share *shares,
+                                   typename F::Phase *near_phases, float *all_sums) {
     using Phase = typename F::Phase;
     using E = typename F::Element;
+    constexpr bool MULTIPLIES = ROLES & MULTIPLY, FINISHES = ROLES & FINISH, ALONE = MULTIPLIES && FINISHES;
+    int own = MULTIPLIES ? threadIdx.x : f.finisher(), warp = warp_of();
+    int most_tiles = p.sums_bytes / (WARPS * f.rows() * TILE * int(sizeof(float)));
+    int sequences = f.sequences(), round = 0, freed = 0; // rounds: of products, of those whose sums have been taken
+    // phases near the current one lie in shared memory, a lane's eight bytes each
+    constexpr int PIECES = sizeof(Phase) / 8;
+    static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0, "loaded by a warp");
+    auto load_phase = [&](int i) {
+        const Phase *all = static_cast<const Phase *>(p.phases);
+        return own < PIECES ? reinterpret_cast<const uint64_t *>(all + (i < p.count ? i : 0))[own] : 0;
+    };
+    // that of mark `mark`, for all of the crew
+    auto keep_phase = [&](uint32_t mark, uint64_t piece) {
+        if (own < PIECES) reinterpret_cast<uint64_t *>(&near_phases[mark % NEAR])[own] = piece;
+        if (MULTIPLIES)
+            meet();
+        else
+            f.meet_finishers();
+    };
+    auto await_free = [&](int rounds) {
+#pragma unroll 1
+        for (; !FINISHES && freed < rounds; ++freed) meet(FREE + freed % 2, F::CREWS);
+    };
+    auto take_phase = [&](int i) {
+        const Phase &phase = near_phases[++f.mark % NEAR];
+        Share share = Share::load(shares[weights[i].shape]);
+        int kind = phase.kind;
+        uint64_t later = load_phase(i + 1);
+        if (share.count == 0 && !F::is_for_all(kind)) return keep_phase(f.mark + 1, later);
+        typename F::Ahead ahead;
+        typename F::Task task;
+        int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
+        auto find = [&](int n, int first, int last) {
+            task = {f, phase, share, n, first, last};
+            F::with(kind, [&](auto kind) { f.prepare(kind, phase, share, task, ahead); });
+        };
+        auto take_buffer = [&] { f.sums = all_sums + round % 2 * (p.sums_bytes / int(sizeof(float))); };
+        take_buffer();
+        if (FINISHES) {
+            if (phase.first) f.begin_stream(share);
+            if (F::is_whole(kind))
+                f.begin(phase, share, ahead);
+            else if (own - lane_of() < tasks)
+                find(own, 0, tiles);
+        }
+        Product<E, F::IS_MANY> product(share, f.input(kind, share), f.rows());
+        if (MULTIPLIES) {
+            // words that are asked for too early are late: those of others come no earlier than those of this block went
+            await_free(round);
+            if (!FINISHES && p.patience) __nanosleep(p.patience);
+            if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
+            f.take(kind, phase, share);
+        }
+        // as many tiles at a time as there is room for
+        int first = 0;
+#pragma unroll 1
+        do {
+            tiles = min(most_tiles, share.all_tiles - first);
+            take_buffer();
+            if (MULTIPLIES) {
+                await_free(round - 1);
+                if (warp < share.warps)
+                    f.products(kind, ring, phase, share, product, tiles);
+                else
+                    ring.skip(tiles * share.pieces);
+            }
+            if (MULTIPLIES && !FINISHES)
+                arrive(READY + round % 2, F::CREWS);
+            else if (!MULTIPLIES)
+                meet(READY + round % 2, F::CREWS);
+            ++round;
+            if (MULTIPLIES) keep_phase(f.mark + 1, later);
+            if (F::is_whole(kind)) break;
+            tasks = tiles * sequences * TILE;
+#pragma unroll 1
+            for (int n = own; FINISHES && n - lane_of() < tasks; n += F::FINISH_THREADS) {
+                if (n >= F::FINISH_THREADS || first > 0) find(n, first, first + tiles);
+                task.find(share);
+                F::with(kind, [&](auto kind) { f.finish(kind, phase, share, task, ahead); });
+            }
+            first += most_tiles;
+            if (!MULTIPLIES && first < share.all_tiles) arrive(FREE + (round - 1) % 2, F::CREWS);
+        } while (first < share.all_tiles);
+        if (FINISHES) f.end(kind, phase, share, ahead);
+        if (!MULTIPLIES) {
+            arrive(FREE + (round - 1) % 2, F::CREWS);
+            keep_phase(f.mark + 1, later);
+        }
+    };
+    keep_phase(f.mark + 1, load_phase(0));
+#pragma unroll 1
+    do {
+#pragma unroll 1
+        for (int i = 0; i < p.count; ++i) take_phase(i);
+        if (!p.chosen) break;
+        if (FINISHES) {
+            f.meet_finishers();
+            choose(f, Share::load(shares[weights[p.count - 1].shape]));
+        }
+        meet(ALONE ? MULTIPLIERS : BOTH, F::CREWS);
+    } while (f.board.steps[0] < p.steps);
+}
+
+template <typename F> __device__ void run(const typename F::Step &p) {
     extern __shared__ __align__(128) char bytes[];
     __shared__ alignas(16) Board only_board;
-    __shared__ Phase near_phases[NEAR];
+    __shared__ typename F::Phase near_phases[F::FINISHERS ? 2 : 1][NEAR];
     __shared__ alignas(alignof(Share)) char share_bytes[MOST_SHAPES * sizeof(Share)];
     __shared__ uint64_t flag_words[Ring::FLAGS];
     __shared__ int copied; // phases
     Board &board = *found(&only_board);
-    Phase *phases = found(near_phases);
     Share *shares = reinterpret_cast<Share *>(found(share_bytes));
     char *free = bytes + p.ring_slots * p.slot_bytes();
     auto room = [&](int size) {
@@ -169,6 +279,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     int warp = warp_of();
     uint32_t slots = shared_address(bytes), flags = shared_address(flag_words);
     known(slots), known(flags);
+    static_assert(sizeof(Weights) == 16, "loaded at once");
     Weights *weights = reinterpret_cast<Weights *>(room(p.count * sizeof(Weights)));
     const uint4 *all_weights = reinterpret_cast<const uint4 *>(p.weights);
 #pragma unroll 1
@@ -179,93 +290,29 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     if (int row = threadIdx.x; row < MOST_ROWS)
         board.ids[row] = p.ids[row], board.slots[row] = p.slots[row], board.steps[row] = 0;
     if (threadIdx.x < Ring::FLAGS) Ring::begin(flags, threadIdx.x);
-    // phases near the current one lie in shared memory, a lane's eight bytes each
-    constexpr int PIECES = sizeof(Phase) / 8;
-    static_assert(PIECES <= LANES && sizeof(Phase) % 8 == 0 && sizeof(Weights) == 16, "loaded by a warp");
-    auto load_phase = [&](int i) {
-        const Phase *all = static_cast<const Phase *>(p.phases);
-        return threadIdx.x < PIECES && i < p.count ? reinterpret_cast<const uint64_t *>(all + i)[threadIdx.x] : 0;
-    };
-    // that of mark `mark`
-    auto keep_phase = [&](uint32_t mark, uint64_t piece) {
-        if (threadIdx.x < PIECES) reinterpret_cast<uint64_t *>(&phases[mark % NEAR])[threadIdx.x] = piece;
-    };
-    uint32_t mark = *reinterpret_cast<volatile unsigned *>(p.epoch);
-    keep_phase(mark + 1, load_phase(0));
-    __syncthreads();
-    Ring ring(slots, flags, p.ring_slots, p.slot_bytes());
-    if (warp >= WARPS) {
-        leave_registers();
-        return copy<F>(p, weights, shares, ring, &copied, warp - WARPS);
-    }
-    take_registers();
-
-    F f(p, board, mark);
+    F f(p, board, *reinterpret_cast<volatile unsigned *>(p.epoch));
     f.x = room(WARPS * p.x_bytes) + warp * p.x_bytes;
     float *all_sums = reinterpret_cast<float *>(room(2 * p.sums_bytes));
     f.own_stream = reinterpret_cast<float *>(room(f.rows() * p.own_hidden * sizeof(float)));
     f.make_rooms(room);
-    int most_tiles = p.sums_bytes / (WARPS * f.rows() * TILE * int(sizeof(float))), round = 0;
-    int sequences = f.sequences();
-    auto take_phase = [&](int i) {
-        const Phase &phase = phases[++f.mark % NEAR];
-        Share share = Share::load(shares[weights[i].shape]);
-        int kind = phase.kind;
-        uint64_t later = load_phase(i + 1 < p.count ? i + 1 : 0);
-        if (share.count == 0 && !F::is_for_all(kind)) {
-            keep_phase(f.mark + 1, later);
-            meet();
-            return;
+    __syncthreads();
+    Ring ring(slots, flags, p.ring_slots, p.slot_bytes());
+    constexpr bool SPLIT = F::FINISHERS > 0;
+    if (warp >= WARPS + F::FINISHERS) {
+        take_registers<SPLIT ? 88 : 72, false>();
+        return copy<F>(p, weights, shares, ring, &copied, warp - WARPS - F::FINISHERS);
+    }
+    if constexpr (SPLIT) {
+        if (warp >= WARPS) {
+            take_registers<120, false>();
+            return go<F, FINISH>(p, f, ring, weights, shares, found(near_phases[1]), all_sums);
         }
-        typename F::Ahead ahead;
-        int tiles = min(most_tiles, share.all_tiles), tasks = tiles * sequences * TILE;
-        typename F::Task task;
-        f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
-        auto find = [&](int n, int first, int last) {
-            task = {f, phase, share, n, first, last};
-            F::with(kind, [&](auto kind) { f.prepare(kind, phase, share, task, ahead); });
-        };
-        if (phase.first) f.begin_stream(share);
-        if (F::is_whole(kind))
-            f.begin(phase, share, ahead);
-        else if (warp * LANES < tasks)
-            find(threadIdx.x, 0, tiles);
-        Product<E, F::IS_MANY> product(share, f.input(kind, share), f.rows());
-        if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
-        f.take(kind, phase, share);
-        // as many tiles at a time as there is room for
-        int first = 0;
-#pragma unroll 1
-        do {
-            tiles = min(most_tiles, share.all_tiles - first);
-            f.sums = all_sums + round * (p.sums_bytes / int(sizeof(float)));
-            round ^= 1;
-            if (warp < share.warps)
-                f.products(kind, ring, phase, share, product, tiles);
-            else
-                ring.skip(tiles * share.pieces);
-            keep_phase(f.mark + 1, later);
-            meet();
-            if (F::is_whole(kind)) break;
-            tasks = tiles * sequences * TILE;
-#pragma unroll 1
-            for (int n = threadIdx.x; n - lane_of() < tasks; n += THREADS) {
-                if (n >= THREADS || first > 0) find(n, first, first + tiles);
-                task.find(share);
-                F::with(kind, [&](auto kind) { f.finish(kind, phase, share, task, ahead); });
-            }
-        } while ((first += most_tiles) < share.all_tiles);
-        f.end(kind, phase, share, ahead);
-    };
-#pragma unroll 1
-    do {
-#pragma unroll 1
-        for (int i = 0; i < p.count; ++i) take_phase(i);
-        if (!p.chosen) break;
-        meet();
-        choose(f, Share::load(shares[weights[p.count - 1].shape]));
-        meet();
-    } while (board.steps[0] < p.steps);
+        take_registers<152, true>();
+        go<F, MULTIPLY>(p, f, ring, weights, shares, found(near_phases[0]), all_sums);
+    } else {
+        take_registers<216, true>();
+        go<F, MULTIPLY | FINISH>(p, f, ring, weights, shares, found(near_phases[0]), all_sums);
+    }
     if (threadIdx.x > 0) return;
     // the last block leaves the next step's mark
     if (atomicAdd(p.epoch + 1, 1u) + 1 < gridDim.x) return;
@@ -274,7 +321,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
 }
 
 #define DECODE_KERNEL(NAME, FAMILY, E, ROWS)                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS + COPIERS * LANES, 1)                                         \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS<(ROWS > 1)>, 1)                                         \
         NAME##_##E##_##ROWS(const __grid_constant__ FAMILY<E, (ROWS > 1)>::Step p) {                                   \
         take_turn();                                                                                                   \
         run<FAMILY<E, (ROWS > 1)>>(p);                                                                                 \

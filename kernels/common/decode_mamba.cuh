@@ -55,7 +55,8 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     using Step = MambaStep;
     struct Ahead {
         Early early;
-        float *place; // of the task's window
+        float *place;    // of the task's window
+        Channel channel; // STATE's
     };
     static constexpr int LAYER = 4; // phases
     static constexpr int HINTS = 6;
@@ -86,7 +87,7 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
     };
 
     __device__ void begin(const Phase &phase, const Share &share, Ahead &ahead) {
-        Recurrence<E, MANY>(*this, phase, share).load(ahead.early);
+        ahead.channel = Recurrence<E, MANY>(*this, phase, share).load(ahead.early);
     }
     template <typename K>
     __device__ void prepare(K kind, const Phase &phase, const Share &, const Task &task, Ahead &ahead) {
@@ -125,7 +126,7 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
             head(*this, share, task);
     }
     __device__ void end(int kind, const Phase &phase, const Share &share, Ahead &ahead) {
-        if (kind == STATE) Recurrence<E, MANY>(*this, phase, share).run(ahead.early);
+        if (kind == STATE) Recurrence<E, MANY>(*this, phase, share).run(ahead.channel, ahead.early);
     }
 
     // What was selected, for all warps.

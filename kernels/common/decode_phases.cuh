@@ -43,9 +43,10 @@ struct Step {
     int steps;             // in a row, each with the tokens that the one before has chosen; one where none are
     unsigned *epoch;       // the mark before the step's first, and the blocks that are done
     const unsigned *stops; // [V] bits: the tokens behind which a row ends; or null
+    int patience;          // ns for which words are not asked for, where weights have the memory to themselves
     // of shared memory: a block's own part of the stream; bytes of sums, and of a warp's activations; slots of the ring,
     // and groups of a row in a slot at most
-    int own_hidden, sums_bytes, x_bytes, ring_slots, slot_groups, last_padding;
+    int own_hidden, sums_bytes, x_bytes, ring_slots, slot_groups;
 
     __device__ int slot_bytes() const { return TILE * pitch_of(WARPS * slot_groups); }
 };
@@ -88,6 +89,12 @@ template <typename E, bool MANY> struct Block {
     float *sums;                         // of the current phase's products, see multiply
     float *own_stream;                   // [R, own_hidden]
     char *x;                             // the warp's own activations
+
+    // Those who finish: warps of their own, or all that multiply.
+    static constexpr int FINISHERS = FINISHERS_OF<MANY>, FINISH_THREADS = (FINISHERS ? FINISHERS : WARPS) * LANES;
+    static constexpr int CREWS = THREADS + FINISHERS * LANES; // threads that multiply or finish
+    __device__ static int finisher() { return threadIdx.x - (FINISHERS ? THREADS : 0); }
+    __device__ static void meet_finishers() { meet(FINISHERS ? FINISHERS_ALONE : MULTIPLIERS, FINISH_THREADS); }
 
     __device__ char *all_x() const { return x - warp_of() * p.x_bytes; } // those of all warps
     __device__ int rows() const { return MANY ? p.rows : 1; }
@@ -287,7 +294,7 @@ template <typename E, bool MANY> struct Block {
     __device__ void begin_stream(const Share &share) {
         Divide by(share.count);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < share.count * rows(); i += THREADS) {
+        for (int i = finisher(); i < share.count * rows(); i += FINISH_THREADS) {
             int r = by(i), k = i - r * share.count;
             own_stream[r * p.own_hidden + k] = embedded(r, share.first + k);
         }

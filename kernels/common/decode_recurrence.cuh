@@ -60,6 +60,13 @@ struct Part {
     }
 };
 
+// A channel of a sequence.
+struct Channel {
+    int own, channel, sequence, slot;
+    int place; // of its numbers in those of a sequence
+    float *state;
+};
+
 template <typename E, bool MANY> struct Mamba;
 
 // The recurrence: a state of N numbers lies in `split` lanes.
@@ -68,40 +75,38 @@ template <typename E, bool MANY> struct Recurrence {
     const MambaPhase &phase;
     const Share &share;
     int tasks, split, bits, lane, group;
-    int own, channel, sequence, slot;
-    int place;  // of the channel's numbers in those of a sequence
     bool whole; // a lane has four numbers of a state or none, and B and C lie so that it can have them at once
 
     __device__ Recurrence(Mamba<E, MANY> &b, const MambaPhase &phase, const Share &share)
         : b(b), phase(phase), share(share) {
         tasks = b.sequences() * share.count;
         bits = LANES - __clz((b.p.states - 1) / NUMBERS), split = 1 << bits;
-        lane = threadIdx.x & (split - 1), group = threadIdx.x >> bits;
+        lane = b.finisher() & (split - 1), group = b.finisher() >> bits;
         whole = b.p.states % NUMBERS == 0 && b.p.rank % NUMBERS == 0;
     }
     // Threads of whole warps have tasks, some of them none that counts.
     __device__ bool has(int task) const { return (task & ~((LANES >> bits) - 1)) < tasks; }
-    __device__ void find(int task) {
+    __device__ Channel find(int task) const {
         task = min(task, tasks - 1);
-        sequence = Divide(share.count)(task);
-        own = task - sequence * share.count, channel = share.first + own;
-        slot = b.board.slots[sequence];
-        place = channel * b.p.states;
+        Channel c;
+        c.sequence = Divide(share.count)(task);
+        c.own = task - c.sequence * share.count, c.channel = share.first + c.own;
+        c.slot = b.board.slots[c.sequence];
+        c.place = c.channel * b.p.states;
+        c.state = phase.state + int64_t(c.slot) * b.p.channels * b.p.states + c.place;
+        return c;
     }
-    __device__ float *state() const { return phase.state + int64_t(slot) * b.p.channels * b.p.states + place; }
-    __device__ void load_found(Early &early) {
+    __device__ Channel load(int task, Early &early) const {
+        Channel c = find(task);
         Part part(b.p.states, lane);
-        part.load(early, phase.a + place);
+        part.load(early, phase.a + c.place);
 #pragma unroll
         for (int i = 0; i < NUMBERS; ++i) early[NUMBERS + i] = 0.0f;
-        if (slot >= 0) part.load(early + NUMBERS, state());
-        early[2 * NUMBERS] = phase.dt_bias[channel], early[2 * NUMBERS + 1] = phase.d[channel];
+        if (c.slot >= 0) part.load(early + NUMBERS, c.state);
+        early[2 * NUMBERS] = phase.dt_bias[c.channel], early[2 * NUMBERS + 1] = phase.d[c.channel];
+        return c;
     }
-    __device__ void load(Early &early) {
-        if (!has(group)) return;
-        find(group);
-        load_found(early);
-    }
+    __device__ Channel load(Early &early) const { return has(group) ? load(group, early) : Channel(); }
     // The norms of what was selected.
     __device__ void norms() {
         const MambaStep &p = b.p;
@@ -131,19 +136,19 @@ template <typename E, bool MANY> struct Recurrence {
             static_cast<E *>(b.p.drafts[phase.layer].selected)[i] =
                 reinterpret_cast<E *>(b.selected + i / width * b.selected_pitch)[i % width];
     }
-    __device__ void run(Early &early) {
+    // `first` is the thread's first task, and `early` has been loaded for it.
+    __device__ void run(const Channel &first, Early &early) {
         const MambaStep &p = b.p;
         Part part(p.states, lane);
 #pragma unroll 1
-        for (int task = group; has(task); task += THREADS >> bits) {
-            find(task);
-            if (task >= THREADS >> bits) load_found(early);
+        for (int task = group; has(task); task += b.FINISH_THREADS >> bits) {
+            Channel c = task == group ? first : load(task, early);
             bool live = task < tasks;
             float *a = early, *h = early + NUMBERS, bias = early[2 * NUMBERS], skip = early[2 * NUMBERS + 1];
 #pragma unroll 1
             for (int t = 0; t < b.tokens(); ++t) {
-                int row = sequence * b.tokens() + t, at = row * p.own_channels + own;
-                E delta = narrow<E>(sum_of_warps(share, b.place_of_sum(own, row), TILE));
+                int row = c.sequence * b.tokens() + t, at = row * p.own_channels + c.own;
+                E delta = narrow<E>(sum_of_warps(share, b.place_of_sum(c.own, row), TILE));
                 float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
                 const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
                 Pack<E, NUMBERS> into, out;
@@ -167,27 +172,27 @@ template <typename E, bool MANY> struct Recurrence {
                 }
 #pragma unroll 1
                 for (int lanes = split / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
-                y = slot < 0 ? 0.0f : fmaf(skip, u, y) * silu(b.own_z[at]);
+                y = c.slot < 0 ? 0.0f : fmaf(skip, u, y) * silu(b.own_z[at]);
                 float next = __shfl_down_sync(~0u, y, split);
                 if (!live || lane > 0) continue;
-                int64_t to = int64_t(row) * p.channels + channel;
+                int64_t to = int64_t(row) * p.channels + c.channel;
                 if (split == LANES)
                     b.own_u[at] = y;
-                else if (own % PACK<E> == 0)
+                else if (c.own % PACK<E> == 0)
                     p.copies.publish(p.y + to / PACK<E>, pack(narrow<E>(y), narrow<E>(next)), b.mark);
                 if (!p.keep) static_cast<E *>(p.drafts[phase.layer].delta)[to] = delta;
             }
-            if (live && slot >= 0 && p.keep) part.store(state(), h);
+            if (live && c.slot >= 0 && p.keep) part.store(c.state, h);
         }
         if (split == LANES) publish();
     }
     // Channels of a word are in two warps: through their place in shared memory.
     __device__ void publish() {
-        meet();
+        b.meet_finishers();
         int words = (share.count + PACK<E> - 1) / PACK<E>;
         Divide by(words);
 #pragma unroll 1
-        for (int n = threadIdx.x; n < b.rows() * words; n += THREADS) {
+        for (int n = b.finisher(); n < b.rows() * words; n += b.FINISH_THREADS) {
             int row = by(n), own = (n - row * words) * PACK<E>;
             const float *y = b.own_u + row * b.p.own_channels + own;
             b.p.copies.publish(b.p.y + (int64_t(row) * b.p.channels + share.first + own) / PACK<E>,

@@ -46,7 +46,6 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
 #pragma unroll 1
         for (int h = threadIdx.x; h < p.heads; h += THREADS) decays[h] = expf(p.logs[h]);
         if (threadIdx.x < this->sequences()) positions[threadIdx.x] = p.positions[threadIdx.x];
-        meet();
     }
     // [R, most_heads] of the warp: those of all lie before the decays
     __device__ float *scales() const { return decays - (WARPS - warp_of()) * this->rows() * p.most_heads; }
@@ -317,11 +316,11 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
     // Sums of squares of the block's part of each head.
     __device__ void end(int kind, const Phase &, const Share &share, Ahead &) {
         if (kind != RETAIN) return;
-        meet();
+        this->meet_finishers();
         Divide by(p.value);
         int first = by(share.first), heads = by(share.first + share.count - 1) - first + 1;
 #pragma unroll 1
-        for (int n = warp_of(); n < this->rows() * heads; n += WARPS) {
+        for (int n = this->finisher() / LANES; n < this->rows() * heads; n += this->FINISH_THREADS / LANES) {
             int row = heads == 1 ? n : Divide(heads)(n), head = first + n - row * heads;
             int begin = max(head * p.value - share.first, 0), end = min((head + 1) * p.value - share.first, share.count);
             const float *o = own_v + row * p.own_values;

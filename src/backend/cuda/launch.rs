@@ -22,6 +22,7 @@ pub(crate) struct Launch<'a> {
     pub(crate) module: Module,
     pub(crate) kernel: &'a str,
     pub(crate) grid: [usize; 3],
+    /// Of a block; zero: as many as the kernel is compiled for.
     pub(crate) threads: u32,
     /// Whether the kernel's blocks ask for shared memory at launch.
     pub(crate) dynamic: bool,
@@ -88,11 +89,16 @@ impl Launch<'_> {
         stream.context().bind_to_thread().map_err(|error| self.failed(error))?;
         let mut arguments: Vec<_> = arguments.iter().map(|argument| argument.place()).collect();
         let [x, y, z] = self.grid.map(|n| n as u32);
+        let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        let threads = match self.threads {
+            0 => kernel.function.get_attribute(most).map_err(|error| self.failed(error))? as u32,
+            own => own,
+        };
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
             gridDimZ: z,
-            blockDimX: self.threads,
+            blockDimX: threads,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: memory,

@@ -78,7 +78,7 @@ impl Kernels<'_> {
         step: &T,
     ) -> Result<()> {
         let kernel = format!("{name}_{}_{}", self.element(), if rows == 1 { 1 } else { 8 });
-        self.put(module, &kernel, [self.multiprocessors, 1, 1], super::layout::THREADS, step, layout.bytes)
+        self.put(module, &kernel, [self.multiprocessors, 1, 1], None, step, layout.bytes)
     }
 
     /// A kernel that moves states.
@@ -90,21 +90,22 @@ impl Kernels<'_> {
         threads: usize,
         accept: &T,
     ) -> Result<()> {
-        self.put(module, &format!("{name}_{}", self.element()), grid, threads, accept, 0)
+        self.put(module, &format!("{name}_{}", self.element()), grid, Some(threads), accept, 0)
     }
 
-    /// With shared memory to ask for, one whose blocks wait for each other.
+    /// With shared memory to ask for, one whose blocks wait for each other. Without a number of threads, as many as it is
+    /// compiled for.
     fn put<T: Copy>(
         &self,
         module: Module,
         kernel: &str,
         grid: [usize; 3],
-        threads: usize,
+        threads: Option<usize>,
         argument: &T,
         memory: usize,
     ) -> Result<()> {
         let what = "decoder: a step";
-        let threads = threads as u32;
+        let threads = threads.unwrap_or(0) as u32;
         let launch = Launch { what, device: self.device, module, kernel, grid, threads, dynamic: false };
         // SAFETY: the struct is laid out as the kernel's; its pointers lead to weights, states and rooms of the sizes it
         // says, which live as long as the decoder; ids and slots were checked against vocabulary and pool.

@@ -102,10 +102,10 @@ pub(super) struct Step {
     pub(super) steps: i32,
     pub(super) epoch: u64,
     pub(super) stops: u64,
+    pub(super) patience: i32,
     pub(super) own_hidden: i32,
     pub(super) sums_bytes: i32,
     pub(super) x_bytes: i32,
     pub(super) ring_slots: i32,
     pub(super) slot_groups: i32,
-    pub(super) last_padding: i32,
 }

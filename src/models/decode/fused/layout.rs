@@ -4,17 +4,15 @@ use super::kernels::Shape;
 
 /// Of `decode.cuh` and `decode_stream.cuh`.
 pub(super) const WARPS: usize = 8;
-const COPIERS: usize = 4;
-const LANES: usize = 32;
 pub(super) const TILE: usize = 8;
 pub(super) const GROUP: usize = 64;
 const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 2..=10;
 const MOST_SLOTS: usize = 16;
 pub(super) const GRAIN: usize = 2;
-/// Threads of a block.
-pub(super) const THREADS: usize = (WARPS + COPIERS) * LANES;
 /// Shared memory that the kernel has beside what is asked for at its launch.
 const FIXED: usize = 4 << 10;
+/// How long words of activations are not asked for where weights keep the memory busy, by what an H200 has shown, ns.
+const PATIENCE: usize = 250;
 /// Slots with which weights come ahead of their phases.
 const LEAST_SLOTS: usize = 2;
 
@@ -101,6 +99,8 @@ pub(super) struct Layout {
     pub(super) x_bytes: usize,
     pub(super) ring_slots: usize,
     pub(super) slot_groups: usize,
+    /// How long words are not asked for, ns.
+    pub(super) patience: usize,
     /// In all.
     pub(super) bytes: usize,
 }
@@ -151,6 +151,9 @@ impl Layout {
         rooms.extend(&needs.rooms);
         let rest: usize = rooms.iter().map(|bytes| bytes.next_multiple_of(16)).sum();
         let ring_slots = (plan.memory.checked_sub(rest + FIXED)? / split.slot()).min(MOST_SLOTS);
+        // whether a layer's weights are more than come ahead
+        let layer: usize = plan.shapes.iter().rev().skip(1).map(Shape::bytes).sum();
+        let busy = layer / plan.blocks > ring_slots * split.slot();
         let layout = Self {
             own: needs.own,
             own_hidden,
@@ -159,6 +162,7 @@ impl Layout {
             x_bytes,
             ring_slots,
             slot_groups: split.slot_groups,
+            patience: if busy { PATIENCE } else { 0 },
             bytes: rest + ring_slots * split.slot(),
         };
         (ring_slots >= LEAST_SLOTS && needs.slot <= split.own_slot()).then_some(layout)

@@ -311,6 +311,7 @@ impl Fused {
             best: self.words.best,
             apart: self.words.apart as i32,
             epoch: self.words.epoch_pointer,
+            patience: layout.patience as i32,
             own_hidden: layout.own_hidden as i32,
             sums_bytes: layout.sums_bytes as i32,
             x_bytes: layout.x_bytes as i32,
