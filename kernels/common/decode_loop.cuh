@@ -181,6 +181,10 @@ __device__ __forceinline__ void go(const typename F::Step &p, F &f, Ring &ring, 
 #pragma unroll 1
         for (; !FINISHES && freed < rounds; ++freed) meet(FREE + freed % 2, F::CREWS);
     };
+    // those of the round before this one's number
+    auto await_sums = [&] {
+        if (!MULTIPLIES) meet(READY + (round - 1) % 2, F::CREWS);
+    };
     auto take_phase = [&](int i) {
         const Phase &phase = near_phases[++f.mark % NEAR];
         Share share = Share::load(shares[weights[i].shape]);
@@ -204,13 +208,14 @@ __device__ __forceinline__ void go(const typename F::Step &p, F &f, Ring &ring, 
                 find(own, 0, tiles);
         }
         Product<E, F::IS_MANY> product(share, f.input(kind, share), f.rows());
-        if (MULTIPLIES) {
+        auto take = [&] {
             // words that are asked for too early are late: those of others come no earlier than those of this block went
             await_free(round);
             if (!FINISHES && p.patience) __nanosleep(p.patience);
             if (F::takes_norm(kind)) f.take_norm(phase.norm, share, i == 0);
             f.take(kind, phase, share);
-        }
+        };
+        if (ALONE) take();
         // as many tiles at a time as there is room for
         int first = 0;
 #pragma unroll 1
@@ -218,30 +223,34 @@ __device__ __forceinline__ void go(const typename F::Step &p, F &f, Ring &ring, 
             tiles = min(most_tiles, share.all_tiles - first);
             take_buffer();
             if (MULTIPLIES) {
+                // in the loop, where it is close to the products: a matter of the instruction cache
+                if (!FINISHES && first == 0) take();
                 await_free(round - 1);
                 if (warp < share.warps)
                     f.products(kind, ring, phase, share, product, tiles);
                 else
                     ring.skip(tiles * share.pieces);
             }
-            if (MULTIPLIES && !FINISHES)
-                arrive(READY + round % 2, F::CREWS);
-            else if (!MULTIPLIES)
-                meet(READY + round % 2, F::CREWS);
+            if (MULTIPLIES && !FINISHES) arrive(READY + round % 2, F::CREWS);
             ++round;
             if (MULTIPLIES) keep_phase(f.mark + 1, later);
             if (F::is_whole(kind)) break;
             tasks = tiles * sequences * TILE;
+            if (!MULTIPLIES && own - lane_of() >= tasks) await_sums();
 #pragma unroll 1
             for (int n = own; FINISHES && n - lane_of() < tasks; n += F::FINISH_THREADS) {
                 if (n >= F::FINISH_THREADS || first > 0) find(n, first, first + tiles);
-                task.find(share);
-                F::with(kind, [&](auto kind) { f.finish(kind, phase, share, task, ahead); });
+                // what a kind does is found before its sums are there
+                F::with(kind, [&](auto kind) {
+                    if (n == own) await_sums();
+                    task.find(share);
+                    f.finish(kind, phase, share, task, ahead);
+                });
             }
             first += most_tiles;
             if (!MULTIPLIES && first < share.all_tiles) arrive(FREE + (round - 1) % 2, F::CREWS);
         } while (first < share.all_tiles);
-        if (FINISHES) f.end(kind, phase, share, ahead);
+        if (FINISHES) f.end(kind, phase, share, ahead, await_sums);
         if (!MULTIPLIES) {
             arrive(FREE + (round - 1) % 2, F::CREWS);
             keep_phase(f.mark + 1, later);
@@ -299,7 +308,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
     Ring ring(slots, flags, p.ring_slots, p.slot_bytes());
     constexpr bool SPLIT = F::FINISHERS > 0;
     if (warp >= WARPS + F::FINISHERS) {
-        take_registers<SPLIT ? 88 : 72, false>();
+        take_registers<88, false>();
         return copy<F>(p, weights, shares, ring, &copied, warp - WARPS - F::FINISHERS);
     }
     if constexpr (SPLIT) {
@@ -310,7 +319,7 @@ template <typename F> __device__ void run(const typename F::Step &p) {
         take_registers<152, true>();
         go<F, MULTIPLY>(p, f, ring, weights, shares, found(near_phases[0]), all_sums);
     } else {
-        take_registers<216, true>();
+        take_registers<208, true>();
         go<F, MULTIPLY | FINISH>(p, f, ring, weights, shares, found(near_phases[0]), all_sums);
     }
     if (threadIdx.x > 0) return;

@@ -125,8 +125,9 @@ template <typename E, bool MANY> struct Mamba : Block<E, MANY> {
         else
             head(*this, share, task);
     }
-    __device__ void end(int kind, const Phase &phase, const Share &share, Ahead &ahead) {
-        if (kind == STATE) Recurrence<E, MANY>(*this, phase, share).run(ahead.channel, ahead.early);
+    template <typename W>
+    __device__ void end(int kind, const Phase &phase, const Share &share, Ahead &ahead, W &&await_sums) {
+        if (kind == STATE) Recurrence<E, MANY>(*this, phase, share).run(ahead.channel, ahead.early, await_sums);
     }
 
     // What was selected, for all warps.

@@ -67,27 +67,22 @@ template <typename E, bool MANY> struct Tile {
 #undef MULTIPLY
     // N groups of some tiles; `done` bytes of the activations are.
     template <int N, int COUNT> static __device__ void multiply(Tile (&tile)[COUNT], const uint32_t (&slot)[COUNT], int done) {
-        constexpr int AT_ONCE = MANY && N > 5 ? (N + 1) / 2 : N;
+        uint4 w[COUNT][N];
+        uint2 a[N];
 #pragma unroll
-        for (int first = 0; first < N; first += AT_ONCE) {
-            uint4 w[COUNT][AT_ONCE];
-            uint2 a[AT_ONCE];
+        for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i)
+            for (int j = 0; j < N; ++j) w[i][j] = load_shared(slot[i] + j * GROUP);
 #pragma unroll
-                for (int j = 0; j < AT_ONCE && first + j < N; ++j) w[i][j] = load_shared(slot[i] + (first + j) * GROUP);
+        for (int half = 0; half < HALVES; ++half) {
+            if (half && !tile[0].both) break;
+            uint32_t from = tile[0].x[half] + done;
 #pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-                if (half && !tile[0].both) break;
-                uint32_t from = tile[0].x[half] + done + first * GROUP;
+            for (int j = 0; j < N; ++j) a[j] = {load_word(from + j * GROUP), load_word(from + j * GROUP + 8)};
 #pragma unroll
-                for (int j = 0; j < AT_ONCE && first + j < N; ++j)
-                    a[j] = {load_word(from + j * GROUP), load_word(from + j * GROUP + 8)};
+            for (int j = 0; j < N; ++j)
 #pragma unroll
-                for (int j = 0; j < AT_ONCE && first + j < N; ++j)
-#pragma unroll
-                    for (int i = 0; i < COUNT; ++i) mma(tile[i].c[half][j % 2], w[i][j], a[j]);
-            }
+                for (int i = 0; i < COUNT; ++i) mma(tile[i].c[half][j % 2], w[i][j], a[j]);
         }
     }
     __device__ void store(float *to, int rows) {
@@ -176,7 +171,7 @@ template <typename E, bool MANY> struct Product {
     __device__ __forceinline__ void multiply(Ring &ring, int rows, int tiles, float *sums) {
         sums += warp_of() * TILE;
         among<1, MOST_GROUPS>(groups, [&](auto n) {
-            constexpr int N = decltype(n)::value, AT_ONCE = MANY || sizeof(E) == 4 ? 1 : N <= 3 ? 4 : N <= 8 ? 2 : 1;
+            constexpr int N = decltype(n)::value, AT_ONCE = MANY || sizeof(E) == 4 ? 1 : N <= 3 ? 4 : 2;
             if constexpr (AT_ONCE > 1) {
                 // their slots must all be there
 #pragma unroll 1

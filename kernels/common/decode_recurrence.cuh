@@ -65,6 +65,7 @@ struct Channel {
     int own, channel, sequence, slot;
     int place; // of its numbers in those of a sequence
     float *state;
+    float u, gate; // of the only row there is
 };
 
 template <typename E, bool MANY> struct Mamba;
@@ -104,6 +105,7 @@ template <typename E, bool MANY> struct Recurrence {
         for (int i = 0; i < NUMBERS; ++i) early[NUMBERS + i] = 0.0f;
         if (c.slot >= 0) part.load(early + NUMBERS, c.state);
         early[2 * NUMBERS] = phase.dt_bias[c.channel], early[2 * NUMBERS + 1] = phase.d[c.channel];
+        if (!MANY) c.u = b.own_u[c.own], c.gate = silu(b.own_z[c.own]);
         return c;
     }
     __device__ Channel load(Early &early) const { return has(group) ? load(group, early) : Channel(); }
@@ -137,9 +139,10 @@ template <typename E, bool MANY> struct Recurrence {
                 reinterpret_cast<E *>(b.selected + i / width * b.selected_pitch)[i % width];
     }
     // `first` is the thread's first task, and `early` has been loaded for it.
-    __device__ void run(const Channel &first, Early &early) {
+    template <typename W> __device__ void run(const Channel &first, Early &early, W &&await_sums) {
         const MambaStep &p = b.p;
         Part part(p.states, lane);
+        await_sums();
 #pragma unroll 1
         for (int task = group; has(task); task += b.FINISH_THREADS >> bits) {
             Channel c = task == group ? first : load(task, early);
@@ -149,7 +152,7 @@ template <typename E, bool MANY> struct Recurrence {
             for (int t = 0; t < b.tokens(); ++t) {
                 int row = c.sequence * b.tokens() + t, at = row * p.own_channels + c.own;
                 E delta = narrow<E>(sum_of_warps(share, b.place_of_sum(c.own, row), TILE));
-                float u = b.own_u[at], dt = softplus(widen(delta) + bias), y = 0.0f;
+                float u = MANY ? b.own_u[at] : c.u, dt = softplus(widen(delta) + bias), y = 0.0f;
                 const E *in = reinterpret_cast<const E *>(b.selected + row * b.selected_pitch) + p.rank;
                 Pack<E, NUMBERS> into, out;
                 if (whole) {
@@ -172,7 +175,7 @@ template <typename E, bool MANY> struct Recurrence {
                 }
 #pragma unroll 1
                 for (int lanes = split / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
-                y = c.slot < 0 ? 0.0f : fmaf(skip, u, y) * silu(b.own_z[at]);
+                y = c.slot < 0 ? 0.0f : fmaf(skip, u, y) * (MANY ? silu(b.own_z[at]) : c.gate);
                 float next = __shfl_down_sync(~0u, y, split);
                 if (!live || lane > 0) continue;
                 int64_t to = int64_t(row) * p.channels + c.channel;

@@ -314,7 +314,7 @@ template <typename E, bool MANY> struct RetNet : Block<E, MANY> {
         }
     }
     // Sums of squares of the block's part of each head.
-    __device__ void end(int kind, const Phase &, const Share &share, Ahead &) {
+    template <typename W> __device__ void end(int kind, const Phase &, const Share &share, Ahead &, W &&) {
         if (kind != RETAIN) return;
         this->meet_finishers();
         Divide by(p.value);

@@ -13,7 +13,7 @@
 constexpr int TILE = 8;         // outputs
 constexpr int UNIT = 16;        // bytes of a copy
 constexpr int GROUP = 4 * UNIT; // bytes of a row in a step of products: those of four lanes
-constexpr int MOST_GROUPS = 10; // in a slot, of a row, for a warp
+constexpr int MOST_GROUPS = 5; // in a slot, of a row, for a warp: each has code of its own
 constexpr int MOST_SLOTS = 16;
 constexpr int GRAIN = 2; // outputs are shared by the blocks in pairs
 constexpr int FLYING = 64 << 10; // bytes of slots on their way, while words are waited for

@@ -6,7 +6,7 @@ use super::kernels::Shape;
 pub(super) const WARPS: usize = 8;
 pub(super) const TILE: usize = 8;
 pub(super) const GROUP: usize = 64;
-const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 2..=10;
+const SLOT_GROUPS: std::ops::RangeInclusive<usize> = 2..=5;
 const MOST_SLOTS: usize = 16;
 pub(super) const GRAIN: usize = 2;
 /// Shared memory that the kernel has beside what is asked for at its launch.
