@@ -12,7 +12,7 @@
 //   begin, prepare    loads for a whole phase, for a task of another
 //   input, take       where its inputs lie in shared memory; brings them there
 //   products          with the weights
-//   finish, end       what becomes of a task's products, and of a phase's
+//   finish, end       what becomes of a task's products, and of a phase's, which are there behind await_sums
 //   Source            copies a phase's weights for two warps
 //   hints             brings close what a phase reads beside its weights
 #pragma once
@@ -149,7 +149,9 @@ __device__ void copy(const typename F::Step &p, const Weights *weights, const Sh
     wait_copies<0>();
 }
 
-// What a crew does. Sums go from who multiplies to who finishes in two buffers, in turn; where the crew does both, it meets.
+// What a crew does: all of a block's warps beside the copiers are one that does both, or two (FINISHERS_OF). Sums go from who
+// multiplies to who finishes in two buffers, in turn: READY when they are there, FREE when they have been taken and what follows
+// from them has gone out. A crew that does both meets instead.
 enum { MULTIPLY = 1, FINISH = 2 };
 
 // The steps, for a crew. `near_phases` are its own.
@@ -181,7 +183,7 @@ __device__ __forceinline__ void go(const typename F::Step &p, F &f, Ring &ring, 
 #pragma unroll 1
         for (; !FINISHES && freed < rounds; ++freed) meet(FREE + freed % 2, F::CREWS);
     };
-    // those of the round before this one's number
+    // those of the last round, whose number has been counted
     auto await_sums = [&] {
         if (!MULTIPLIES) meet(READY + (round - 1) % 2, F::CREWS);
     };

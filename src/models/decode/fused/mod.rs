@@ -317,7 +317,6 @@ impl Fused {
             x_bytes: layout.x_bytes as i32,
             ring_slots: layout.ring_slots as i32,
             slot_groups: layout.slot_groups as i32,
-            ..Step::default()
         };
         self.family.step(&self.kernels(), step, layout, &self.places())
     }
