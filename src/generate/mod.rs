@@ -5,6 +5,7 @@
 //!
 //! The model may be a trainable one: what generates is its [frozen](crate::models::LanguageModel::frozen) form.
 
+mod candidates;
 mod config;
 mod sampler;
 mod stream;
