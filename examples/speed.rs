@@ -128,15 +128,15 @@ fn decode_seconds(model: &LanguageModel, ids: &Tensor, tokens: u32) -> Outcome<(
         (0..rows).try_for_each(|row| decoder.set_state(row, &state, row))?;
         let slots: Vec<Option<usize>> = (0..rows).map(Some).collect();
         let mut ids: Vec<u32> = token.flatten_all()?.to_vec1()?;
-        // as many at a time as a generation draws
+        // as many at a time as a generation draws; the first few calls record a graph
         const AT_ONCE: u32 = 8;
-        for _ in 0..WARM_UP.div_ceil(AT_ONCE) + tokens.div_ceil(AT_ONCE) {
+        for _ in 0..WARM_UP + tokens.div_ceil(AT_ONCE) {
             let start = Instant::now();
             let chosen = decoder.greedy(&slots, &ids, AT_ONCE as usize, &[])?;
             ids = chosen.iter().filter_map(|row| row.last().copied()).collect();
             seconds.push(start.elapsed().as_secs_f64() / f64::from(AT_ONCE));
         }
-        return Ok((seconds.split_off(WARM_UP.div_ceil(AT_ONCE) as usize), bytes));
+        return Ok((seconds.split_off(WARM_UP as usize), bytes));
     }
     for _ in 0..WARM_UP + tokens {
         let start = Instant::now();

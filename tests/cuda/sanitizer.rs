@@ -184,7 +184,10 @@ fn decoding() {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let model = LanguageModel::init(&config, 1, dtype, &device).unwrap().frozen().unwrap();
             let mut decoder = Decoder::new(&model, 3).unwrap();
-            decoder.step_greedy(&[Some(1)], &[3]).unwrap();
+            // one row and several, in a row
+            decoder.greedy(&[Some(1)], &[3], 3, &[5]).unwrap();
+            decoder.greedy(&[Some(1), Some(2)], &[3, 4], 2, &[]).unwrap();
+            decoder.reset(2).unwrap();
             decoder.step(&[Some(1), None, Some(0)], &[3, 1, 2]).unwrap();
             decoder.draft(&[Some(2), Some(0)], &[1, 2, 3, 4]).unwrap();
             decoder.accept(&[1, 2]).unwrap();

@@ -222,7 +222,8 @@ impl<'a> Decoder<'a> {
     /// step before (of equals the lowest id). For each row its most probable tokens, which end behind the first that is one
     /// of `stop`; none for an idle row. The state of a row has seen its `ids` and these tokens but the last.
     ///
-    /// On CUDA, up to 16 steps are one launch, and the host waits for no token but the last.
+    /// Where the rows go through the one kernel ([`Decoder::is_fused`]), up to 16 steps are one launch, and the host waits for
+    /// no token but the last.
     ///
     /// # Errors
     /// As [`Decoder::step`]; another number of tokens than one a row; a logit that is NaN or infinite, behind which the row's
