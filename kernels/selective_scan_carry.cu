@@ -1,11 +1,11 @@
 // What lets the chunks of a scan run side by side, forward and backward, and the sums over blocks.
 //
-// selective_scan_summary / back_summary: grid as the scan's, without the chunk that hands nothing on. A chunk's own
-// contribution to the state behind it is a sum over its tokens with weights 2^(a R), R the steps in between: it is taken
-// from the chunk's end, and ends early: a warp does once all its weights are below 2^-NEGLIGIBLE, a block once its warps
-// have. Where states decay within a hundred tokens it costs little, at worst nearly as much as the scan itself. The slowest
+// selective_scan_summary / back_summary: grid as the scan's, with pieces for chunks, without those of the chunk that hands
+// nothing on. A piece's own contribution to the state behind it is a sum over its tokens with weights 2^(a R), R the steps in
+// between: it is taken from the piece's end, and ends early: a warp does once all its weights are below 2^-NEGLIGIBLE, a
+// block once its warps have. Where states decay within a hundred tokens it costs little, at worst nearly as much as the scan itself. The slowest
 // channel of a block decides, at some 45 ns a token. No spills; one tile ahead by asynchronous copies, one barrier a tile.
-// selective_scan_carry: one thread a number of the state goes through the chunks in order, 8 loads ahead.
+// selective_scan_carry: one thread a number of the state goes through the pieces in order, 8 loads ahead.
 // The rest adds up shares in a fixed order. All of these are bound by memory.
 #include "common/scan_prepare.cuh"
 
@@ -16,7 +16,7 @@ template <typename E, typename F> struct SummaryMemory {
     uint8_t marks[3][F::TILE];
 };
 
-// What a chunk hands on from a carried state of zero, and the sum of its steps, as far as weights are not negligible.
+// What a piece hands on from a carried state of zero, and the sum of its steps, as far as weights are not negligible.
 //   FORWARD   h = sum_t 2^(a R_t) delta_t u_t B_t, R_t the sum of the steps behind t; walked from the end
 //   back      h = sum_t 2^(a S_t) dy_t C_t, S_t the sum of the steps up to and with t; walked from the beginning
 template <typename E, typename F, bool FORWARD> __device__ void summary(const Scan &p) {
@@ -24,10 +24,10 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
     constexpr int PER = F::PER, STATES = F::STATES, TILE = F::TILE;
     extern __shared__ __align__(16) char bytes[];
     auto &m = *reinterpret_cast<SummaryMemory<E, F> *>(bytes);
-    Place<F> at(p, FORWARD ? 0 : 1); // the last chunk hands nothing on
+    Place<F> at(p, p.chunk / p.pieces, FORWARD ? 0 : p.pieces); // the last chunk hands nothing on
     Lane<F> lane(at);
     int n = p.states;
-    int64_t row_states = int64_t(p.channels) * n, chunk = int64_t(at.row) * at.chunks + at.chunk;
+    int64_t row_states = int64_t(p.channels) * n, slot = int64_t(at.row) * p.slots + blockIdx.z + (FORWARD ? 0 : 1);
     typename F::States a, h = {};
     float slowest[PER], sum[PER] = {};
     lane.load(a, p.a, n, LOG2E);
@@ -117,39 +117,39 @@ template <typename E, typename F, bool FORWARD> __device__ void summary(const Sc
         idle = __all_sync(~0u, over);
     }
     wait_copies<0>();
-    lane.store(p.carried + chunk * row_states, h, n);
-    // a chunk in which a sequence begins hands nothing on
+    lane.store(p.carried + slot * row_states, h, n);
+    // a piece in which a sequence begins hands nothing on
 #pragma unroll
     for (int k = 0; k < PER; ++k)
-        if (lane.part == 0 && k < lane.live) p.span[chunk * p.channels + lane.channel + k] = reset ? -1.0f : sum[k];
+        if (lane.part == 0 && k < lane.live) p.span[slot * p.channels + lane.channel + k] = reset ? -1.0f : sum[k];
 }
 
-// From the ends of the chunks to the states before them (behind them, going back), in place. A negative span cuts.
+// From the ends of the pieces to the states before them (behind them, going back), in place. A negative span cuts.
 extern "C" __global__ void selective_scan_carry(float *carried, const float *span, const float *a, const float *initial,
-                                                int batch, int chunks, int channels, int states, int back) {
+                                                int batch, int slots, int channels, int states, int back) {
     take_turn();
     int64_t size = int64_t(channels) * states, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
-    int row = blockIdx.y, channel = i / states;
+    int row = blockIdx.y, channel = int(i) / states;
     float decay = LOG2E * a[i];
     float h = initial ? initial[row * size + i] : 0.0f;
     constexpr int AHEAD = 8;
-    for (int first = 0; first < chunks; first += AHEAD) {
+    for (int first = 0; first < slots; first += AHEAD) {
         float end[AHEAD], rest[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            int k = back ? chunks - 1 - first - j : first + j;
-            if (first + j + 1 < chunks) {
-                end[j] = carried[(int64_t(row) * chunks + k) * size + i];
-                rest[j] = span[(int64_t(row) * chunks + k) * channels + channel];
+            int k = back ? slots - 1 - first - j : first + j;
+            if (first + j + 1 < slots) {
+                end[j] = carried[(int64_t(row) * slots + k) * size + i];
+                rest[j] = span[(int64_t(row) * slots + k) * channels + channel];
             }
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            int k = back ? chunks - 1 - first - j : first + j;
-            if (first + j < chunks) {
-                carried[(int64_t(row) * chunks + k) * size + i] = h;
-                if (first + j + 1 < chunks) h = rest[j] < 0.0f ? end[j] : fmaf(exp2_fast(decay * rest[j]), h, end[j]);
+            int k = back ? slots - 1 - first - j : first + j;
+            if (first + j < slots) {
+                carried[(int64_t(row) * slots + k) * size + i] = h;
+                if (first + j + 1 < slots) h = rest[j] < 0.0f ? end[j] : fmaf(exp2_fast(decay * rest[j]), h, end[j]);
             }
         }
     }
@@ -160,8 +160,8 @@ template <typename E>
 __device__ void reduce_coefficients(void *out, const float *sums, int per, int side, int64_t tokens, int n, int groups) {
     int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= tokens * n) return;
-    int64_t token = i / n;
-    int k = i % n, group = blockIdx.y;
+    int64_t token = i < UINT32_MAX ? uint32_t(i) / uint32_t(n) : i / n; // the latter takes as long as all else
+    int k = i - token * n, group = blockIdx.y;
     const float *from = sums + int64_t(group) * per * tokens * 2 * n + token * 2 * n + side + k;
     float sum = 0.0f;
 #pragma unroll 8
@@ -183,11 +183,20 @@ template <typename E> __device__ void reduce_constant(void *out, const float *su
     if (threadIdx.x == 0) static_cast<E *>(out)[blockIdx.y * n + blockIdx.x] = narrow<E>(shares[0]);
 }
 
-// out[i] = sum_j shares[j, i], in order.
-extern "C" __global__ void selective_scan_sum(float *out, const float *shares, int64_t size, int count) {
+// dA, dD and the gradient of the bias from the shares of `count` chunks, out[i] = sum_j shares[j, i], in order.
+extern "C" __global__ void selective_scan_sums(float *a, const float *a_shares, float *d, const float *d_shares, float *bias,
+                                               const float *bias_shares, int states, int channels, int count) {
     take_turn();
-    int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= size) return;
+    int64_t size = int64_t(channels) * states, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size + 2 * channels) return;
+    float *out = a;
+    const float *shares = a_shares;
+    if (i >= size) {
+        i -= size, size = channels;
+        bool second = i >= channels;
+        out = second ? bias : d, shares = second ? bias_shares : d_shares;
+        i -= second ? channels : 0;
+    }
     float sum = 0.0f;
 #pragma unroll 8
     for (int j = 0; j < count; ++j) sum += shares[j * size + i];

@@ -214,7 +214,7 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     typename F::States a, h = {};
     lane.load(a, p.a, n, LOG2E);
     if (p.carried)
-        lane.load(h, p.carried + (int64_t(at.row) * at.chunks + at.chunk) * row_states, n, 1.0f);
+        lane.load(h, p.carried + at.slot(p) * row_states, n, 1.0f);
     else if (p.initial)
         lane.load(h, p.initial + at.row * row_states, n, 1.0f);
     for (int k = threadIdx.x; k < F::CHANNELS; k += THREADS) {

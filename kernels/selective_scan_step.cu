@@ -6,8 +6,9 @@
 // shared memory. The lanes of a channel share its inputs, which are few. The usual call, one token in whole vectors, has a
 // kernel of its own, which takes half the registers.
 //
-// Bytes: the state, read and written once (8 B D N); all else is small. On an H200, D 5120, N 16, bf16, in a graph: B 512
-// 0.108 ms, 78 % of the rate of a copy; B 64 0.0133, 78 %; B 1 0.0018.
+// Bytes: the state, read and written once (8 B D N); all else is small. On an H200, D 5120, N 16, bf16, in a graph, kernel
+// alone: B 512 0.0960 ms, 88 % of the rate of a copy; B 64 0.0121, 86 %; B 1 0.0016 to 0.0018, of which an empty kernel's
+// launch is 0.7 to 0.9.
 #include "common/scan.cuh"
 
 constexpr int NUMBERS = 4;
@@ -95,7 +96,7 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
                 float y = 0.0f;
                 if (token[r].mark != PAD) {
                     float u = token[r].u, delta = token[r].delta + bias;
-                    if (p.softplus) delta = softplus(delta);
+                    if (p.softplus) delta = softplus_for<E>(delta);
 #pragma unroll
                     for (int i = 0; i < NUMBERS; ++i) {
                         float decay = token[r].mark == START ? 0.0f : exp2_fast(delta * a[i]);
@@ -121,8 +122,17 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
 }
 
 // One token without a mark, states in whole vectors, B and C of the sequences' type, rows for as many blocks as there are: no
-// branch before the last load is on its way.
-template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan &p) {
+// branch before the last load is on its way, and few arguments, since a kernel's first look at them goes to memory.
+struct OneToken {
+    const void *u, *delta, *z, *b, *c; // rows of D or N elements
+    void *y;
+    const float *a, *d, *bias, *initial; // [D, N], [D], [D], [B, D, N]; null where there is none
+    float *state;
+    int64_t rows[6], groups[2]; // elements from row to row of u, delta, z, b, c and y; from group to group of b and c
+    int widths[2];              // channels that share a group
+    int batch, channels, states, softplus;
+};
+template <typename E, int SPLIT, int ROWS> __device__ void step_once(const OneToken &p) {
     struct alignas(sizeof(E) * NUMBERS) Four {
         E at[NUMBERS];
     };
@@ -130,7 +140,11 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
     bool live = channel < p.channels && part * NUMBERS < p.states;
     channel = min(channel, p.channels - 1);
     int own = min(part * NUMBERS, p.states - NUMBERS), first = blockIdx.y * ROWS;
-    int64_t first_b = channel / p.b.width * p.b.group + own, first_c = channel / p.c.width * p.c.group + own;
+    // a division takes longer than all else before the loads, and the first group needs none
+    auto group = [&](int side) {
+        return own + (channel < p.widths[side] ? 0 : channel / p.widths[side] * p.groups[side]);
+    };
+    int64_t first_b = group(0), first_c = group(1);
     float4 h[ROWS];
     E u[ROWS], delta[ROWS], z[ROWS];
     Four b[ROWS], c[ROWS];
@@ -140,12 +154,12 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
     for (int r = 0; r < ROWS; ++r) {
         int64_t row = min(first + r, p.batch - 1);
         place[r] = (row * p.channels + channel) * p.states + own;
+        delta[r] = static_cast<const E *>(p.delta)[row * p.rows[1] + channel];
         h[r] = *reinterpret_cast<const float4 *>(from + (p.initial ? place[r] : 0));
-        u[r] = static_cast<const E *>(p.u.data)[row * p.u.row + channel];
-        delta[r] = static_cast<const E *>(p.delta.data)[row * p.delta.row + channel];
-        z[r] = p.z.data ? static_cast<const E *>(p.z.data)[row * p.z.row + channel] : u[r];
-        b[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.b.data) + row * p.b.row + first_b);
-        c[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.c.data) + row * p.c.row + first_c);
+        u[r] = static_cast<const E *>(p.u)[row * p.rows[0] + channel];
+        z[r] = p.z ? static_cast<const E *>(p.z)[row * p.rows[2] + channel] : u[r];
+        b[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.b) + row * p.rows[3] + first_b);
+        c[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.c) + row * p.rows[4] + first_c);
     }
     float4 a = *reinterpret_cast<const float4 *>(p.a + int64_t(channel) * p.states + own);
     float bias = p.bias ? p.bias[channel] : 0.0f, skip = p.d ? p.d[channel] : 0.0f;
@@ -153,7 +167,7 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
     for (int r = 0; r < ROWS; ++r) {
         if (first + r >= p.batch) break;
         float dt = widen(delta[r]) + bias, x = widen(u[r]);
-        if (p.softplus) dt = softplus(dt);
+        if (p.softplus) dt = softplus_for<E>(dt);
         if (!p.initial) h[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float step = LOG2E * dt, input = dt * x;
         h[r].x = fmaf(exp2_fast(step * a.x), h[r].x, input * widen(b[r].at[0]));
@@ -167,9 +181,9 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
         if (part * NUMBERS >= p.states) y = 0.0f;
 #pragma unroll
         for (int lanes = SPLIT / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
-        y = fmaf(skip, x, y) * (p.z.data ? silu(widen(z[r])) : 1.0f);
+        y = fmaf(skip, x, y) * (p.z ? silu(widen(z[r])) : 1.0f);
         if (!live) continue;
-        if (part == 0) static_cast<E *>(p.y.data)[(first + r) * p.y.row + channel] = narrow<E>(y);
+        if (part == 0) static_cast<E *>(p.y)[(first + r) * p.rows[5] + channel] = narrow<E>(y);
         *reinterpret_cast<float4 *>(p.state + place[r]) = h[r];
     }
 }
@@ -178,7 +192,7 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const Scan 
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         selective_scan_step_##E##_##S##_##R(const __grid_constant__ Scan p) { take_turn(); step<E, S, R>(p); }         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        selective_scan_step_once_##E##_##S##_##R(const __grid_constant__ Scan p) { take_turn(); step_once<E, S, R>(p); }
+        selective_scan_step_once_##E##_##S##_##R(const __grid_constant__ OneToken p) { take_turn(); step_once<E, S, R>(p); }
 #define ROWS(E, S) KERNEL(E, S, 1) KERNEL(E, S, 4)
 #define SPLITS(E) ROWS(E, 1) ROWS(E, 2) ROWS(E, 4) ROWS(E, 8) ROWS(E, 16) ROWS(E, 32)
 SPLITS(float)

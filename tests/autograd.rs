@@ -1,7 +1,7 @@
 //! Tapes, activation recomputation and the backward pass of deep graphs.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use subquadratic::autograd::{backward, checkpoint, value_and_grad};
+use subquadratic::autograd::{backward, checkpoint, value_and_grad, vjp};
 use subquadratic::models::{LanguageModel, ModelConfig};
 use subquadratic::ops::{linear, silu};
 use subquadratic::train::cross_entropy;
@@ -182,9 +182,15 @@ fn tensors_of_a_tape_are_used_in_any_way() {
         |_, w| Ok(linear(w, w, None).unwrap()),
     ];
     for (i, used) in uses.into_iter().enumerate() {
-        let want = used(&x, &w).unwrap().backward().unwrap();
+        let result = used(&x, &w).unwrap();
+        let gradient = Tensor::randn(0f64, 1.0, result.shape(), &Device::Cpu).unwrap();
+        let weighted = result.mul(&gradient).unwrap().backward().unwrap();
+        let (_, got_weighted) = vjp(|| Ok(used(&x, &w)?), &gradient).unwrap();
+        let want = result.backward().unwrap();
         let (_, got) = value_and_grad(|| Ok(used(&x, &w)?)).unwrap();
-        for v in [&x, &w] {
+        for (v, got, want) in
+            [&x, &w].into_iter().flat_map(|v| [(v, &got, &want), (v, &got_weighted, &weighted)])
+        {
             let values = |x: Option<&Tensor>| x.map(vec);
             let (got, want) = (values(got.get(v)), values(want.get(v)));
             assert_eq!(got.is_some(), want.is_some(), "use {i}");
@@ -203,6 +209,8 @@ fn a_tape_ends_with_its_function() {
         linear(&w, &x.t()?, None)
     });
     assert!(error.unwrap_err().to_string().contains("linear: weight"));
+    let error = vjp(|| linear(&x, &w, None), &w).unwrap_err();
+    assert!(error.to_string().contains("vjp: gradient: expected shape [3, 4], got [4, 4]"), "{error}");
     let caught = std::panic::catch_unwind(|| value_and_grad(|| panic!("in the function")));
     assert!(caught.is_err());
     // an inner tape leaves the outer one as it was

@@ -41,14 +41,16 @@ struct Scan {
     const uint8_t *marks;                // [B, L]
     float *state;                        // final state or its gradient, [B, D, N]
     float *kept;                         // states before every KEPT tokens, [B, L / KEPT, D, N]
-    float *carried;                      // states before (behind, going back) every chunk, [B, chunks, D, N]
-    float *span;                         // sum of delta over the chunk as far as it counts, [B, chunks, D]
+    float *carried;                      // states before (behind, going back) every piece, [B, slots, D, N]
+    float *span;                         // sum of delta over the piece as far as it counts, [B, slots, D]
     float *sums;                         // shares of dB and dC, [blocks, B, L, 2N]
     float *da, *dd, *dbias;              // shares of the gradients, [B, chunks, D, N], [B, chunks, D] each
     int batch, length, channels, states;
     int part;      // channels that share their groups of B and of C; blocks lie within one part
     int blocks;    // blocks in a part
     int chunk;     // tokens in a chunk of time, a multiple of every TILE
+    int pieces;    // of a chunk, of as many whole tiles each: what the walks that chain chunks have a block for
+    int slots;     // pieces that hand something on, those of all chunks but the last (first, going back), and one more
     int softplus;
     int aligned;   // whether rows of all sequences can be read and written in 16-byte pieces
     int aligned_coefficients;
@@ -66,20 +68,22 @@ template <int PER_, int STATES_, int SPLIT_> struct Form {
     using States = float[PER][STATES];
 };
 
-// Which channels, row and chunk a block has: grid (parts * blocks, batch, chunks or one less).
+// Which channels, row and chunk a block has: grid (parts * blocks, batch, chunks); or which piece, with `skipped` before it.
 template <typename F> struct Place {
     int first, count, row, chunk, chunks, begin, end;
-    // `skipped` chunks have no blocks.
-    __device__ Place(const Scan &p, int skipped = 0) {
+    __device__ Place(const Scan &p) : Place(p, p.chunk, 0) {}
+    __device__ Place(const Scan &p, int tokens, int skipped) {
         int part = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
         first = part * p.part + block * F::CHANNELS;
         count = min(F::CHANNELS, (part + 1) * p.part - first);
         row = blockIdx.y;
         chunk = blockIdx.z + skipped;
-        chunks = (p.length + p.chunk - 1) / p.chunk;
-        begin = chunk * p.chunk;
-        end = min(begin + p.chunk, p.length);
+        chunks = (p.length + tokens - 1) / tokens;
+        begin = chunk * tokens;
+        end = min(begin + tokens, p.length);
     }
+    // The slot of the state before the chunk, or behind it, going back.
+    __device__ int64_t slot(const Scan &p) const { return int64_t(row) * p.slots + chunk * p.pieces; }
 };
 
 // COUNT numbers between shared memory and registers, in pieces of up to 16 bytes.

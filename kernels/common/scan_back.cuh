@@ -4,29 +4,40 @@
 #include "scan_sums.cuh"
 
 constexpr int WARPS = THREADS / LANES;
+// Tokens whose states and decays are in registers at once.
+constexpr int MICRO = 4;
+
 template <typename E, typename F> struct BackwardMemory {
     using T = Tile<E, F>;
     static constexpr int ROW = Inputs<F>::ROW;
-    // Whether there is room for y, and for what is otherwise in its own place behind one more barrier.
+    // Whether there is room for y.
     static constexpr bool ROOM = F::CHANNELS <= 128;
     E u[2][T::SIZE], z[2][T::SIZE], dy[2][T::SIZE], delta[T::SIZE], y[ROOM ? T::SIZE : 8];
     E raw[Coefficients<E, F, 2>::RAW];
     float inputs[Inputs<F>::SIZE];        // then, in the place of delta u: dx
-    float gradients[F::TILE * ROW];       // dy times SiLU(z)
-    float dstep[F::TILE * ROW];
-    float b[F::TILE * F::WIDTH], c[F::TILE * F::WIDTH]; // neighbours, as they are widened together
+    float gradients[F::TILE * ROW];       // dy times SiLU(z); then dstep
+    // B, then C, in as many orders as lanes of a part have: `turned`. Copies lie in other banks.
+    static constexpr int COPIES = F::OWNERS < 4 ? F::OWNERS : 4, COPY = 2 * F::TILE * F::WIDTH + 16;
+    float coefficients[COPIES * COPY];
     float4 saved[F::TILE / MICRO - 1][F::PER * F::STATES / 4][THREADS];
-    union {
-        Sums<F> own[WARPS];                 // within a walk
-        float products[ROOM ? F::TILE * ROW : 4]; // behind it: shares of the skip weight's gradient
-    };
-    __device__ float *dd() { return ROOM ? products : gradients; }
     float sums[WARPS][F::TILE][2 * F::WIDTH];
-    float bias[F::CHANNELS], skip[F::CHANNELS], totals[2 * F::CHANNELS]; // gradients of bias, then of skip weight, so far
+    E *places[4][THREADS]; // of u, delta, z and dy
+    float bias[F::CHANNELS], skip[F::CHANNELS];
+    // The gradients of bias and skip weight of every thread's packs, so far.
+    float4 shares[2][T::WIDTH / 4][THREADS];
     uint8_t marks[3][F::TILE]; // of the tile before, which others may still finish, this one and the next
 };
 
-// The tile's gradients of the sequences; leaves those of bias and skip weight, by token, in dstep and dd.
+// Adds to a thread's shares.
+template <int WIDTH> __device__ __forceinline__ void add_share(float4 (&shares)[WIDTH / 4][THREADS], const float (&x)[WIDTH]) {
+#pragma unroll
+    for (int q = 0; q < WIDTH / 4; ++q) {
+        float4 &sum = shares[q][threadIdx.x], now = sum;
+        sum = make_float4(now.x + x[4 * q], now.y + x[4 * q + 1], now.z + x[4 * q + 2], now.w + x[4 * q + 3]);
+    }
+}
+
+// The tile's gradients of the sequences; adds to those of bias and skip weight.
 template <bool WHOLE, typename E, typename F>
 __device__ __forceinline__ void finish(const Scan &p, BackwardMemory<E, F> &m, const Place<F> &at, const Tile<E, F> &own,
                                        int buffer, const uint8_t *marks, int start) {
@@ -36,22 +47,17 @@ __device__ __forceinline__ void finish(const Scan &p, BackwardMemory<E, F> &m, c
     Walker<E, F> to_u(p.du.data, p.du, at, own, start), to_delta(p.ddelta.data, p.du, at, own, start);
     Walker<E, F> to_z(p.dz.data, p.du, at, own, start);
     bool aligned = WHOLE || p.aligned;
-    float skip[W];
+    float skip[W], dbias[W] = {}, dskip[W] = {};
     load_floats(skip, m.skip + own.channel);
 #pragma unroll
     for (int v = 0; v < T::OWN; ++v) {
         if (!WHOLE && !own.has(v)) break;
         int token = own.token + v * T::ROWS;
-        float *steps = m.dstep + token * Memory::ROW + spot(own.channel);
-        float *products = m.dd() + token * Memory::ROW + spot(own.channel);
         bool inside = own.live && start + token < at.end;
         typename T::Elements out, du;
-        float dstep[W] = {}, dd[W] = {};
         if (!WHOLE && !(inside && !(p.marks && marks[token] == PAD))) {
 #pragma unroll
             for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(0.0f);
-            store_floats(steps, dstep);
-            store_floats(products, dd);
             if (inside) {
                 to_u.store(at, own, v, out, aligned);
                 to_delta.store(at, own, v, out, aligned);
@@ -60,7 +66,7 @@ __device__ __forceinline__ void finish(const Scan &p, BackwardMemory<E, F> &m, c
             continue;
         }
         auto uv = T::get(m.u[buffer], v), gv = T::get(m.dy[buffer], v);
-        float g[W], mixed[2 * W];
+        float g[W], mixed[2 * W], dstep[W];
         load_floats(mixed, m.inputs + token * Inputs<F>::TOKEN + spot(2 * own.channel));
 #pragma unroll
         for (int k = 0; k < W; ++k) g[k] = widen(gv.at[k]);
@@ -75,23 +81,23 @@ __device__ __forceinline__ void finish(const Scan &p, BackwardMemory<E, F> &m, c
             }
             to_z.store(at, own, v, out, aligned);
         }
-        load_floats(dstep, steps);
+        load_floats(dstep, m.gradients + token * Memory::ROW + spot(own.channel));
 #pragma unroll
         for (int k = 0; k < W; ++k) {
             int place = Inputs<F>::mixed(k);
             float u = widen(uv.at[k]), step = mixed[place], dx = mixed[place + F::PER];
             dstep[k] = fmaf(u, dx, LN2 * dstep[k]);
             du.at[k] = narrow<E>(fmaf(skip[k], g[k], step * dx));
-            dd[k] = g[k] * u;
+            dskip[k] = fmaf(g[k], u, dskip[k]);
         }
         if (WHOLE || p.softplus)
 #pragma unroll
             for (int k = 0; k < W; ++k) dstep[k] *= softplus_slope<E>(mixed[Inputs<F>::mixed(k)]);
 #pragma unroll
-        for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(dstep[k]);
-        store_floats(steps, dstep);
-        store_floats(products, dd);
+        for (int k = 0; k < W; ++k) out.at[k] = narrow<E>(dstep[k]), dbias[k] += dstep[k];
         to_delta.store(at, own, v, out, aligned);
         to_u.store(at, own, v, du, aligned);
     }
+    add_share(m.shares[0], dbias);
+    add_share(m.shares[1], dskip);
 }

@@ -3,7 +3,7 @@
 // A tile that is WHOLE has all its tokens and channels, packs and pieces that are read at once, softplus and a gate, and no
 // marks: what goes through it asks no questions. Others go a slower way.
 #pragma once
-#include "scan.cuh"
+#include "scan_sums.cuh"
 
 // One raw tile of a sequence in shared memory: [TILE, CHANNELS], in packs of WIDTH channels; a thread has the packs
 // threadIdx.x, + THREADS, .. , all of the same channels, and nobody else touches them.
@@ -40,6 +40,8 @@ template <typename E, typename F> struct Walker {
         : place(static_cast<E *>(data) + (at.row * s.row + start * s.token + at.first) +
                 (own.token * int(s.token) + own.channel)),
           row(T::ROWS * s.token) {}
+    // From `first`, the thread's place at token 0, on.
+    __device__ Walker(E *first, const Sequence &s, int start) : place(first + start * s.token), row(T::ROWS * s.token) {}
     // Moves by whole tiles.
     __device__ __forceinline__ void move(const Sequence &s, int tiles) { place += tiles * F::TILE * s.token; }
 
@@ -139,7 +141,8 @@ template <typename E, typename F, int SIDES> struct Coefficients {
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) from[pass] += tiles * step[pass];
     }
-    template <bool WHOLE>
+    // COPIES of the tile, so far apart, with numbers that are `turned`.
+    template <bool WHOLE, int COPIES = 1, int APART = 0>
     __device__ __forceinline__ void widen_tile(float *tile, const E *raw, const Coefficient &first,
                                                const Coefficient &second, const Place<F> &at, int start) const {
         if (WHOLE || whole) {
@@ -149,7 +152,13 @@ template <typename E, typename F, int SIDES> struct Coefficients {
                 if (!has(i)) break;
                 float values[PIECE] = {};
                 if (WHOLE || start + token(i) < at.end) widen(values, reinterpret_cast<const Piece *>(raw)[i]);
-                store_floats(tile + i * PIECE, values);
+#pragma unroll
+                for (int copy = 0; copy < COPIES; ++copy) {
+                    float other[PIECE];
+#pragma unroll
+                    for (int k = 0; k < PIECE; ++k) other[k] = values[k ^ turned(copy)];
+                    store_floats(tile + copy * APART + i * PIECE, other);
+                }
             }
         } else {
             int thread = threadIdx.x;
@@ -161,7 +170,7 @@ template <typename E, typename F, int SIDES> struct Coefficients {
                 float value = 0.0f;
                 if (start + token < at.end && k < n)
                     value = x.wide ? static_cast<const float *>(x.data)[place] : widen(static_cast<const E *>(x.data)[place]);
-                tile[i] = value;
+                for (int copy = 0; copy < COPIES; ++copy) tile[copy * APART + (i ^ turned(copy))] = value;
             }
         }
     }

@@ -11,4 +11,4 @@ pub use backward::backward;
 pub use checkpoint::checkpoint;
 pub(crate) use graph::Gradients;
 pub(crate) use record::{record, record_all, storage_of};
-pub use tape::value_and_grad;
+pub use tape::{value_and_grad, vjp};

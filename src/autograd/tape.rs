@@ -11,6 +11,7 @@
 //! such pieces where it meets them, so that any mix of operations is differentiated.
 
 use super::graph::{Backward, Seed, check_gradient};
+use crate::Error;
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, backprop::GradStore};
 use std::cell::RefCell;
@@ -198,6 +199,39 @@ pub fn value_and_grad(f: impl FnOnce() -> crate::Result<Tensor>) -> crate::Resul
     let (value, entries) = during(f)?;
     let mut sums = Sums::default();
     sums.through(&value)?;
+    sums.back(entries)?;
+    Ok((value.detach(), sums.into_store()?))
+}
+
+/// The value of `f` and its vector-Jacobian product: as [`value_and_grad`], from a `gradient` of the value instead of ones.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor, Var};
+/// # use subquadratic::autograd::vjp;
+/// # fn main() -> subquadratic::Result<()> {
+/// let x = Var::new(&[1f32, 2.0, 3.0], &Device::Cpu)?;
+/// let (value, gradients) = vjp(|| Ok(x.sqr()?), &Tensor::new(&[1f32, 0.0, 10.0], &Device::Cpu)?)?;
+/// assert_eq!(value.to_vec1::<f32>()?, [1.0, 4.0, 9.0]);
+/// assert_eq!(gradients.get(&x).unwrap().to_vec1::<f32>()?, [2.0, 0.0, 60.0]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of `f` and of the backward pass; a `gradient` of another shape or dtype than the value's.
+pub fn vjp(
+    f: impl FnOnce() -> crate::Result<Tensor>,
+    gradient: &Tensor,
+) -> crate::Result<(Tensor, GradStore)> {
+    let (value, entries) = during(f)?;
+    if gradient.shape() != value.shape() {
+        return Err(Error::shape("vjp: gradient", format!("{:?}", value.dims()), gradient.dims()));
+    }
+    if gradient.dtype() != value.dtype() {
+        return Err(Error::dtype("vjp: gradient", format!("{:?}", value.dtype()), gradient.dtype()));
+    }
+    let mut sums = Sums::default();
+    sums.add_all(vec![(value.clone(), gradient.detach())])?;
     sums.back(entries)?;
     Ok((value.detach(), sums.into_store()?))
 }

@@ -62,22 +62,59 @@ pub(super) struct Scan {
     part: i32,
     blocks: i32,
     chunk: i32,
+    pieces: i32,
+    slots: i32,
     softplus: i32,
     aligned: i32,
     aligned_coefficients: i32,
     pub(super) ungated: u64,
 }
 
+/// `struct OneToken` of `selective_scan_step.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OneToken {
+    data: [u64; 6],
+    a: u64,
+    d: u64,
+    bias: u64,
+    initial: u64,
+    state: u64,
+    rows: [i64; 6],
+    groups: [i64; 2],
+    widths: [i32; 2],
+    batch: i32,
+    channels: i32,
+    states: i32,
+    softplus: i32,
+}
+
 impl Scan {
-    /// Whether a step goes through the kernel of one token in whole vectors: see `selective_scan_step.cu`.
-    pub(super) fn is_one_token<E: Element>(&self) -> bool {
+    /// The arguments of the kernel of one token in whole vectors, where it takes the call: see `selective_scan_step.cu`.
+    pub(super) fn one_token<E: Element>(&self) -> Option<OneToken> {
         let alike = |side: &Coefficient| side.wide == (size_of::<E>() == 4) as i32;
-        self.length == 1
+        let takes = self.length == 1
             && self.states % 4 == 0
             && self.aligned_coefficients == 1
             && self.marks == 0
             && alike(&self.b)
-            && alike(&self.c)
+            && alike(&self.c);
+        let Self { u, delta, z, b, c, y, a, d, bias, initial, state, .. } = *self;
+        takes.then_some(OneToken {
+            data: [u.data, delta.data, z.data, b.data, c.data, y.data],
+            a,
+            d,
+            bias,
+            initial,
+            state,
+            rows: [u.row, delta.row, z.row, b.row, c.row, y.row],
+            groups: [b.group, c.group],
+            widths: [b.width, c.width],
+            batch: self.batch,
+            channels: self.channels,
+            states: self.states,
+            softplus: self.softplus,
+        })
     }
 }
 
@@ -169,6 +206,8 @@ impl<'a> Locks<'a> {
             part: plan.part as i32,
             blocks: plan.blocks as i32,
             chunk: plan.chunk as i32,
+            pieces: plan.pieces as i32,
+            slots: plan.slots() as i32,
             softplus: softplus as i32,
             aligned: aligned as i32,
             aligned_coefficients: aligned_coefficients as i32,
@@ -191,7 +230,7 @@ pub(super) struct Launcher<'a> {
 }
 
 impl Launcher<'_> {
-    /// A kernel `<name>_<type>_<split>` over all blocks and so many chunks.
+    /// A kernel `<name>_<type>_<split>` over all blocks and so many chunks or pieces.
     ///
     /// # Safety
     /// The pointers of `scan` lead to what its sizes say.
@@ -208,21 +247,21 @@ impl Launcher<'_> {
         unsafe { self.launch(module, &kernel, grid, true).run(&[&Packed(scan)]) }
     }
 
-    /// From what the chunks hand on to what they begin with, `initial` before the first (behind the last, going back).
+    /// From what the pieces hand on to what they begin with, `initial` before the first (behind the last, going back).
     ///
     /// # Safety
     /// As [`Launcher::scan`].
     pub(super) unsafe fn carry(&self, scan: &Scan, initial: u64, back: bool) -> Result<()> {
         let Sizes { batch, channels, states, .. } = *self.sizes;
         let grid = [(channels * states).div_ceil(THREADS), batch, 1];
-        let [batch, chunks, channels, states] = [batch, self.plan.chunks, channels, states].map(|n| n as i32);
+        let [batch, channels, states] = [batch, channels, states].map(|n| n as i32);
         let arguments: [&dyn Argument; 9] = [
             &scan.carried,
             &scan.span,
             &scan.a,
             &initial,
             &batch,
-            &chunks,
+            &scan.slots,
             &channels,
             &states,
             &(back as i32),

@@ -42,8 +42,9 @@ pub(super) fn forward<E: Element>(
         false => None,
     };
     let cut = plan.chunks > 1;
-    let mut carried = Buffer::<f32>::new(device, if cut { numbers * plan.chunks } else { 1 })?;
-    let mut span = Buffer::<f32>::new(device, if cut { batch * plan.chunks * channels } else { 1 })?;
+    let slots = plan.slots();
+    let mut carried = Buffer::<f32>::new(device, if cut { numbers * slots } else { 1 })?;
+    let mut span = Buffer::<f32>::new(device, if cut { batch * slots * channels } else { 1 })?;
     let locks = Locks::new(&prepared.args(), prepared.marks.as_ref(), None);
     {
         let guards = &mut Guards::default();
@@ -57,14 +58,19 @@ pub(super) fn forward<E: Element>(
         // that the kernels fill.
         unsafe {
             if let (Some(Step { split, rows, blocks: [columns, turns] }), false) = (step(sizes), keep) {
-                let once = if scan.is_one_token::<E>() && turns * rows >= batch { "once_" } else { "" };
-                let kernel = format!("selective_scan_step_{once}{}_{split}_{rows}", E::NAME);
-                launch.plain(Module::ScanStep, &kernel, [columns, turns, 1], &[&Packed(scan)])?;
+                let kernel = |once: &str| format!("selective_scan_step_{once}{}_{split}_{rows}", E::NAME);
+                let grid = [columns, turns, 1];
+                match scan.one_token::<E>().filter(|_| turns * rows >= batch) {
+                    Some(token) => {
+                        launch.plain(Module::ScanStep, &kernel("once_"), grid, &[&Packed(token)])?
+                    }
+                    None => launch.plain(Module::ScanStep, &kernel(""), grid, &[&Packed(scan)])?,
+                }
             } else {
                 if cut {
                     scan.carried = carried.pointer(&stream, guards);
                     scan.span = span.pointer(&stream, guards);
-                    launch.scan::<E>(Module::ScanCarry, "selective_scan_summary", scan, plan.chunks - 1)?;
+                    launch.scan::<E>(Module::ScanCarry, "selective_scan_summary", scan, slots - 1)?;
                     launch.carry(&scan, scan.initial, false)?;
                 }
                 launch.scan::<E>(Module::ScanForward, "selective_scan_fwd", scan, plan.chunks)?;

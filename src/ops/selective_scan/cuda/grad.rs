@@ -83,7 +83,8 @@ fn backward<E: Element>(
         (sequence()?, sequence()?, prepared.z.as_ref().map(|_| sequence()).transpose()?);
     let wide = |length| Buffer::<f32>::new(device, length);
     let mut dinitial = wide(numbers)?;
-    let (mut carried, mut span) = (wide(numbers * plan.chunks)?, wide(batch * plan.chunks * channels)?);
+    let slots = plan.slots();
+    let (mut carried, mut span) = (wide(numbers * slots)?, wide(batch * slots * channels)?);
     let mut sums = wide(plan.columns() * tokens * 2 * states)?;
     let mut da = wide(numbers * plan.chunks)?;
     let (mut dd, mut dbias) = (wide(batch * plan.chunks * channels)?, wide(batch * plan.chunks * channels)?);
@@ -124,20 +125,23 @@ fn backward<E: Element>(
             if plan.chunks > 1 {
                 scan.carried = carried.pointer(&stream, guards);
                 scan.span = span.pointer(&stream, guards);
-                launch.scan::<E>(Module::ScanCarry, "selective_scan_back_summary", scan, plan.chunks - 1)?;
+                launch.scan::<E>(Module::ScanCarry, "selective_scan_back_summary", scan, slots - 1)?;
                 launch.carry(&scan, scan.initial, true)?;
             }
             launch.scan::<E>(Module::ScanBackward, "selective_scan_bwd", scan, plan.chunks)?;
-            let count = (batch * plan.chunks) as i32;
-            for (total, shares, size) in [
-                (total_a.pointer(&stream, guards), scan.da, channels * states),
-                (total_d.pointer(&stream, guards), scan.dd, channels),
-                (total_bias.pointer(&stream, guards), scan.dbias, channels),
-            ] {
-                let grid = [size.div_ceil(THREADS), 1, 1];
-                let arguments: [&dyn Argument; 4] = [&total, &shares, &(size as i64), &count];
-                launch.plain(Module::ScanCarry, "selective_scan_sum", grid, &arguments)?;
-            }
+            let arguments: [&dyn Argument; 9] = [
+                &total_a.pointer(&stream, guards),
+                &scan.da,
+                &total_d.pointer(&stream, guards),
+                &scan.dd,
+                &total_bias.pointer(&stream, guards),
+                &scan.dbias,
+                &(states as i32),
+                &(channels as i32),
+                &((batch * plan.chunks) as i32),
+            ];
+            let grid = [(channels * (states + 2)).div_ceil(THREADS), 1, 1];
+            launch.plain(Module::ScanCarry, "selective_scan_sums", grid, &arguments)?;
             for (side, output) in coefficients.iter_mut().enumerate() {
                 let kernel = output.kernel(sizes.groups[side].is_none());
                 let out = output.pointer(&stream, guards);

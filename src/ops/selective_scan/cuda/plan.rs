@@ -97,10 +97,12 @@ const SUMMARY_TOKENS: usize = 4096;
 const SUMMARY_LAUNCHES: f64 = 5_000.0;
 /// The first walk beside the second.
 const FORWARD_SUMMARY: f64 = 0.9;
-const BACKWARD_SUMMARY: f64 = 0.12;
+const BACKWARD_SUMMARY: f64 = 0.27;
 /// The work for each number of a state that a block's lanes hold.
 const FORWARD_WORK: f64 = 112.0 / 2048.0;
-const BACKWARD_WORK: f64 = 183.0 / 1024.0;
+const BACKWARD_WORK: f64 = 157.0 / 1024.0;
+/// Blocks of the first walk on a multiprocessor that pieces are cut for: four times those that run at a time.
+const WALKS: usize = 20;
 /// Blocks of few numbers in a lane that run on a multiprocessor at a time, and of others.
 const FEW_RESIDENT: usize = 4;
 const RESIDENT: usize = 3;
@@ -125,7 +127,7 @@ impl Pass {
         let wide = holding(2, 8, FORWARD_WORK, 64.0, FORWARD_SUMMARY);
         let all = match self {
             Self::Backward => {
-                let back = |per, own| holding(per, own, BACKWARD_WORK, 60.0, BACKWARD_SUMMARY);
+                let back = |per, own| holding(per, own, BACKWARD_WORK, 96.0, BACKWARD_SUMMARY);
                 [back(2, 4).or_else(|| back(1, 8)), None, None]
             }
             // the kernels with few numbers in a lane are made for the states of Mamba
@@ -154,6 +156,8 @@ pub(super) struct Plan {
     /// Tokens of a chunk, and the number of chunks.
     pub(super) chunk: usize,
     pub(super) chunks: usize,
+    /// Pieces of a chunk, which the first walk goes through side by side.
+    pub(super) pieces: usize,
 }
 
 impl Plan {
@@ -175,16 +179,26 @@ impl Plan {
             let all = blocks * parts * batch;
             // more chunks than fill the device several times over gain nothing
             for chunks in 1..=most.min(16 * multiprocessors / all + 1) {
-                let chunk = tiles.div_ceil(chunks) * TILE;
+                let tiles = tiles.div_ceil(chunks);
+                let walks = all * (length.div_ceil(tiles * TILE) - 1);
+                let pieces = match walks {
+                    0 => 1,
+                    // a power of two, as many tiles are likely to be
+                    _ => 1 << (WALKS * multiprocessors / walks).clamp(1, tiles.div_ceil(CHUNK_TILES)).ilog2(),
+                };
+                let chunk = tiles.next_multiple_of(pieces) * TILE;
                 let chunks = length.div_ceil(chunk);
-                let time = |chunks: usize| candidate.token((all * chunks).div_ceil(multiprocessors));
-                let mut cost = time(chunks) * chunk.min(length) as f64;
+                let time = |blocks: usize| candidate.token(blocks.div_ceil(multiprocessors));
+                let mut cost = time(all * chunks) * chunk.min(length) as f64;
                 if chunks > 1 {
-                    cost += candidate.summary * time(chunks - 1) * chunk.min(SUMMARY_TOKENS) as f64
+                    let piece = chunk / pieces;
+                    cost += candidate.summary
+                        * time(all * (chunks - 1) * pieces)
+                        * piece.min(SUMMARY_TOKENS) as f64
                         + SUMMARY_LAUNCHES;
                 }
                 if best.is_none_or(|(least, _)| cost < least) {
-                    best = Some((cost, Self { form, part, parts, blocks, chunk, chunks }));
+                    best = Some((cost, Self { form, part, parts, blocks, chunk, chunks, pieces }));
                 }
             }
         }
@@ -194,6 +208,11 @@ impl Plan {
     /// Blocks of all parts.
     pub(super) fn columns(&self) -> usize {
         self.parts * self.blocks
+    }
+
+    /// The pieces of all chunks but the one that hands nothing on, and one more: `slots` of `scan.cuh`.
+    pub(super) fn slots(&self) -> usize {
+        (self.chunks - 1) * self.pieces + 1
     }
 
     /// What follows the element type in the name of a kernel.
@@ -297,6 +316,7 @@ mod tests {
                 let Some(plan) = Plan::new(&sizes, pass, H100) else { panic!("no plan for {sizes:?}") };
                 assert!(plan.chunk % TILE == 0 && plan.chunks * plan.chunk >= length);
                 assert!((plan.chunks - 1) * plan.chunk < length);
+                assert_eq!(plan.chunk % (plan.pieces * TILE), 0);
                 assert_eq!(plan.part * plan.parts, 48);
                 for group in groups {
                     assert_eq!(48 / group.unwrap_or(48) % plan.part, 0);
