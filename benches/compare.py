@@ -9,7 +9,8 @@ fla-core and flash-linear-attention; PyTorch and Triton must be installed. Opera
 functions, calls in a row, forward and backward on its tape; peers through their kernels alone, which favours them. `bwd`
 of the crate is the difference of the two: it contains what forward keeps for it. `models` are whole models of published
 sizes, without a peer. Times are medians in milliseconds. Floors go by what this GPU did in the same run: bytes over the
-rate of a copy (weights, for decoding), exponentials over its clock, products over the rate of a large one.
+rate of a copy (weights, for decoding), exponentials over its clock, products over the rate of a large one. Rows are printed
+as soon as both have been timed; standard error has every single time before that.
 """
 import argparse
 import json
@@ -47,23 +48,30 @@ def main():
     print("| operator | shape | dtype | pass | this crate | peer | peer / this | floor | floor / this |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for operator in operators:
-        dtypes, peers = dtypes_of(operator), {}
+        dtypes = dtypes_of(operator)
         ours = time_ours(options.bench, operator, dtypes)
+        left = list(ours)
         try:
-            if operator != "models":
-                peers = gpu_peers.time(operator, options.peers, dtypes)
+            for peers in gpu_peers.time(operator, options.peers, dtypes) if operator != "models" else []:
+                timed = {key[:3] for key in peers}
+                print_rows([key for key in left if key[:3] in timed], ours, peers, rates)
+                left = [key for key in left if key[:3] not in timed]
         except Exception as error:  # one peer's failure must not hide the other figures
             print(f"{operator}: the peer failed: {type(error).__name__} {error}"[:600], file=sys.stderr)
-        for (operator, shape, dtype, what), (own, _) in ours.items():
-            peer = peers.get((operator, shape, dtype, what))
-            if operator in MODELS:
-                floor = floor_of_model(ours, operator, shape, dtype, rates)
-            else:
-                floor = floor_of(operator, shape, dtype, what, rates)
-            cells = [operator, shape, dtype, what, f"{own:.4f}"]
-            cells += [f"{peer:.4f}", f"{peer / own:.2f}"] if peer else ["", ""]
-            cells += [f"{floor:.4f}", f"{floor / own:.0%}"] if floor else ["", ""]
-            print("| " + " | ".join(cells) + " |", flush=True)
+        print_rows(left, ours, {}, rates)
+
+
+def print_rows(keys, ours, peers, rates):
+    for key in keys:
+        (operator, shape, dtype, what), own, peer = key, ours[key][0], peers.get(key)
+        if operator in MODELS:
+            floor = floor_of_model(ours, operator, shape, dtype, rates)
+        else:
+            floor = floor_of(operator, shape, dtype, what, rates)
+        cells = [operator, shape, dtype, what, f"{own:.4f}"]
+        cells += [f"{peer:.4f}", f"{peer / own:.2f}"] if peer else ["", ""]
+        cells += [f"{floor:.4f}", f"{floor / own:.0%}"] if floor else ["", ""]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def time_ours(bench, operator, dtypes):
@@ -75,20 +83,21 @@ def time_ours(bench, operator, dtypes):
         chosen = [name for name in MODELS if not SELECTED or name in SELECTED]
         only = f"^({'|'.join(map(re.escape, chosen))})/(decode|prefill-{PROMPT})/({'|'.join(dtypes)})/"
     arguments = [bench, "--bench", "--quick", "--noplot", "--color", "never", only]
-    done = subprocess.run(arguments, cwd=HERE.parent, capture_output=True, text=True)
-    if done.returncode:  # what was measured before still counts
-        print(f"{operator}: the benchmarks failed: {done.stderr.strip()[:600]}", file=sys.stderr)
     times, key = {}, None
-    for line in done.stdout.splitlines():
+    running = subprocess.Popen(arguments, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    for line in running.stdout:
         name = re.match(r"^([^/\s]+)/([^/\s]+)/(\w+)/(\w+)", line)
         key = name.groups() if name else key
         time = re.search(r"time:\s+\[[\d.]+ \S+ ([\d.]+) (\S+) ", line)
         if time and key:
             times[key] = float(time[1]) * UNITS[time[2]], None
+            print(f"{'/'.join(key)}: {times[key][0]:.4f} ms", file=sys.stderr, flush=True)
         rate = re.search(r"thrpt:\s+\[[\d.]+ \S+ ([\d.]+) ([MGT])B/s ", line)
         if rate and key in times:
             own = times[key][0]
             times[key] = own, own * 1e-3 * float(rate[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[rate[2]]
+    if running.wait():  # what was measured before still counts
+        print(f"{operator}: the benchmarks failed, see above", file=sys.stderr)
     for key in [key for key in times if key[3] == "fwd_bwd"]:
         times[key[:3] + ("bwd",)] = times[key][0] - times[key[:3] + ("fwd",)][0], None
     return times

@@ -18,7 +18,7 @@ SELECTED = []  # names of shapes; all if empty
 
 
 def time(operator, peers, dtypes):
-    """Milliseconds by (operator, shape, dtype, pass); `peers` is the folder of the packages."""
+    """Milliseconds by (operator, shape, dtype, pass), a shape and dtype at a time; `peers` is the folder of the packages."""
     if operator in NORMS:
         return time_norm(peers, dtypes, operator)
     return globals()["time_" + operator](peers, dtypes)
@@ -151,7 +151,6 @@ def convolution_extension(peers):
 def time_selective_scan(peers, dtypes):
     import torch
     extension = scan_extension(peers)
-    times = {}
     for shape in cuda_shapes("selective_scan"):
         b, d, l, n = (shape[letter] for letter in "BDLN")
         for name in dtypes:
@@ -165,11 +164,9 @@ def time_selective_scan(peers, dtypes):
             out, x, *_ = forward()
             backward = lambda: extension.bwd(u, delta, a, *bc, skip, z, bias, dout, x, out, None, True, False)
             key = ("selective_scan", shape["name"], name)
-            times[key + ("fwd",)] = median(forward)
-            times[key + ("bwd",)] = median(backward)
-            times[key + ("fwd_bwd",)] = times[key + ("fwd",)] + times[key + ("bwd",)]
+            times = median(forward), median(backward)
+            yield {key + ("fwd",): times[0], key + ("bwd",): times[1], key + ("fwd_bwd",): sum(times)}
             del u, z, dout, delta, bc, out, x
-    return times
 
 
 def use_mamba_ssm(peers):
@@ -188,22 +185,19 @@ def time_norm(peers, dtypes, operator):
         "add_norm": lambda x, other, weight, bias: rms_norm_fn(x, weight, None, residual=other, prenorm=True, eps=1e-5)[0],
         "gated_norm": lambda x, other, weight, bias: rmsnorm_fn(x, weight, None, z=other, eps=1e-5, norm_before_gate=False),
     }
-    times = {}
     for shape in cuda_shapes(operator):
         b, l, d = (shape[letter] for letter in "BLD")
         for name in dtypes:
             dtype = dtype_of(name)
             inputs = [randn(b, l, d, dtype=dtype), randn(b, l, d, dtype=dtype), randn(d, dtype=dtype), randn(d, dtype=dtype)]
             run = lambda: runs[operator](*inputs)
-            times |= forward_and_backward((operator, shape["name"], name), run, inputs)
-    return times
+            yield forward_and_backward((operator, shape["name"], name), run, inputs)
 
 
 def time_selective_state_update(peers, dtypes):
     import torch
     use_mamba_ssm(peers)
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-    times = {}
     for shape in cuda_shapes("selective_state_update"):
         b, d, n = (shape[letter] for letter in "BDN")
         for name in dtypes:
@@ -212,8 +206,7 @@ def time_selective_state_update(peers, dtypes):
             bc = [randn(b, n, dtype=dtype) for _ in range(2)]
             state, a, skip, bias = randn(b, d, n), -torch.rand(d, n, device="cuda"), randn(d), randn(d)
             run = lambda: selective_state_update(state, x, dt, a, *bc, skip, z=z, dt_bias=bias, dt_softplus=True)
-            times |= step_and_graph(("selective_state_update", shape["name"], name), run)
-    return times
+            yield step_and_graph(("selective_state_update", shape["name"], name), run)
 
 
 def use_fla(peers):
@@ -229,44 +222,38 @@ def use_fla(peers):
 def time_retention(peers, dtypes):
     use_fla(peers)
     from fla.ops.retention import chunk_retention
-    times = {}
     for shape in cuda_shapes("retention"):
         b, t, h, k, v = (shape[letter] for letter in "BTHKV")
         for name in dtypes:
             dtype = dtype_of(name)
             inputs = [randn(b, t, h, width, dtype=dtype) for width in (k, k, v)]
             run = lambda: chunk_retention(*inputs)[0]
-            times |= forward_and_backward(("retention", shape["name"], name), run, inputs)
-    return times
+            yield forward_and_backward(("retention", shape["name"], name), run, inputs)
 
 
 def time_retention_step(peers, dtypes):
     import torch
     use_fla(peers)
     from fla.ops.retention import fused_recurrent_retention
-    times = {}
     for shape in cuda_shapes("retention_step"):
         b, h, k, v = (shape[letter] for letter in "BHKV")
         for name in dtypes:
             inputs = [randn(b, 1, h, width, dtype=dtype_of(name)) for width in (k, k, v)]
             state = randn(b, h, k, v)
             run = lambda: fused_recurrent_retention(*inputs, initial_state=state, output_final_state=True)
-            times |= step_and_graph(("retention_step", shape["name"], name), run)
-    return times
+            yield step_and_graph(("retention_step", shape["name"], name), run)
 
 
 def time_causal_conv1d(peers, dtypes):
     use_fla(peers)
     from fla.modules.conv.causal_conv1d import causal_conv1d
-    times = {}
     for shape in cuda_shapes("causal_conv1d"):
         b, d, l, k = (shape[letter] for letter in "BDLK")
         for name in dtypes:
             dtype = dtype_of(name)
             inputs = [randn(b, l, d, dtype=dtype), randn(d, k, dtype=dtype), randn(d, dtype=dtype)]
             run = lambda: causal_conv1d(*inputs, activation="silu")[0]
-            times |= forward_and_backward(("causal_conv1d", shape["name"], name), run, inputs)
-    return times
+            yield forward_and_backward(("causal_conv1d", shape["name"], name), run, inputs)
 
 
 def time_training(peers, dtypes):
@@ -282,7 +269,6 @@ def time_training(peers, dtypes):
     from mamba_ssm.modules.block import Block
     from mamba_ssm.modules.mamba_simple import Mamba
     from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
-    times = {}
     for shape in cuda_shapes("training"):
         b, l, d, count, vocabulary = (shape[letter] for letter in ["B", "L", "D", "layers", "V"])
         for name in dtypes:
@@ -314,6 +300,5 @@ def time_training(peers, dtypes):
 
             step()
             torch.cuda.reset_peak_memory_stats()
-            times["training", shape["name"], name, "step"] = median(step)
+            yield {("training", shape["name"], name, "step"): median(step)}
             print(f"training: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", file=sys.stderr)
-    return times
