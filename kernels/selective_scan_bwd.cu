@@ -10,7 +10,7 @@
 // atomics. A lane has its numbers of B, C and the state in the order in which the first two shuffles give them away.
 // What dz needs of y forward has kept, of the sequences' type: what that loses is what dz loses by its own rounding.
 //
-// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 71 KB of shared memory (f32: 91), 168
+// With N = 16: two channels by four numbers in a lane, 64 channels in a block; 72 KB of shared memory (f32: 86), 168
 // registers (251), no spills: 3 blocks (2) a multiprocessor, before Hopper 2.
 // Bytes: u, delta, z, dy, y, B, C and 4 N bytes a channel and 16 tokens of states read; du, ddelta, dz and 8 N bytes a
 // token and block for dB and dC written.

@@ -308,6 +308,18 @@ mod tests {
     }
 
     #[test]
+    fn pieces_share_out_a_first_walk_of_few_blocks() {
+        let cut = |batch, length, channels| {
+            let plan = Plan::new(&sizes(batch, length, channels, 16), Pass::Backward, H100);
+            plan.map(|plan| (plan.chunks, plan.pieces, plan.slots()))
+        };
+        assert_eq!(cut(8, 2048, 1536), Some((2, 8, 9)));
+        assert_eq!(cut(64, 200, 1536), Some((1, 1, 1)));
+        let Some((chunks, pieces, _)) = cut(1, 262_144, 1536) else { panic!("no plan") };
+        assert!(24 * (chunks - 1) * pieces >= 2 * H100 * 5, "{chunks} chunks of {pieces} pieces");
+    }
+
+    #[test]
     fn chunks_cover_the_tokens_and_parts_the_channels() {
         for (length, groups) in [(1, [Some(1), Some(1)]), (531, [Some(2), Some(3)]), (9000, [None, Some(4)])]
         {
