@@ -20,9 +20,9 @@
 // ncu (130m): 28 instructions a number of the state, 19 of them in the walk back, which has half of the time; IPC 2.7 with 12
 // warps a multiprocessor, shared memory half busy: issue slots and latencies bind. What a lane keeps over a tile beside the
 // state is in shared memory: a spilled register costs a trip to L2, since shared memory leaves no L1.
-// Tried and slower: the sums over lanes through shared memory (2 to 4%, 62% of it busy), or over channels by the tensor
-// cores (numbers in two parts: 39 instructions); numbers in the order they come, with selections in every shuffle (1%); the
-// next group's inputs asked for ahead, in either walk (5 to 8%: the same are then read twice); eight numbers in a lane spill.
+// Tried and slower: the sums over lanes through shared memory (2 to 3%, 68% of it busy), or over channels by the tensor
+// cores (numbers in two parts: 39 instructions); numbers in the order they come, with selections in every shuffle (up to 2%); the
+// next group's inputs asked for ahead, in one walk or both (8 to 15%: they are then read twice); eight numbers in a lane spill.
 #include "common/scan_back.cuh"
 
 template <typename E, typename F> struct Backward {
