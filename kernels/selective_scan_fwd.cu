@@ -170,12 +170,21 @@ __device__ __forceinline__ void finish(const Scan &p, const ForwardMemory<E, F> 
     }
 }
 
-template <typename E, typename F> __device__ void forward(const Scan &p) {
+// Between blocks: all threads' writes come before, their reads behind.
+__device__ __forceinline__ void hand_on(int *handed) {
+    __syncthreads();
+    if (threadIdx.x == 0) asm volatile("st.release.gpu.s32 [%0], 1;" ::"l"(handed) : "memory");
+}
+__device__ __forceinline__ void await(const int *handed) {
+    for (int there = threadIdx.x; !there;) asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(there) : "l"(handed) : "memory");
+    __syncthreads();
+}
+
+// The tokens of `at`. If there is `handed`, states go by it from stretch to stretch of a chain.
+template <typename E, typename F>
+__device__ __forceinline__ void stretch(const Scan &p, ForwardMemory<E, F> &m, const Place<F> &at, int *handed) {
     using T = Tile<E, F>;
     constexpr int TILE = F::TILE;
-    extern __shared__ __align__(16) char bytes[];
-    auto &m = *reinterpret_cast<ForwardMemory<E, F> *>(bytes);
-    Place<F> at(p);
     Lane<F> lane(at);
     // few numbers in a lane are for sequences in whole packs: others take the wider forms
     bool aligned = F::STATES == 4 || p.aligned;
@@ -213,7 +222,9 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
     // while the first tile is on its way
     typename F::States a, h = {};
     lane.load(a, p.a, n, LOG2E);
-    if (p.carried)
+    bool later = handed && at.begin > 0;
+    if (later) await(handed);
+    if (later || p.carried && !handed)
         lane.load(h, p.carried + at.slot(p) * row_states, n, 1.0f);
     else if (p.initial)
         lane.load(h, p.initial + at.row * row_states, n, 1.0f);
@@ -257,11 +268,38 @@ template <typename E, typename F> __device__ void forward(const Scan &p) {
             finish<false, E, F>(p, m, at, own, y, all_shares, buffer, marks, start, aligned);
         y.move(p.y, 1);
     }
-    if (at.end == p.length && p.state) lane.store(p.state + at.row * row_states, h, n);
+    if (at.end < p.length && handed) {
+        lane.store(p.carried + at.slot(p) * row_states, h, n);
+        hand_on(handed);
+    } else if (at.end == p.length && p.state) {
+        lane.store(p.state + at.row * row_states, h, n);
+    }
+}
+
+template <typename E, typename F> __device__ void forward(const Scan &p) {
+    extern __shared__ __align__(16) char bytes[];
+    stretch<E, F>(p, *reinterpret_cast<ForwardMemory<E, F> *>(bytes), Place<F>(p), nullptr);
+}
+
+// The same where blocks would not share out evenly, some more of them than run at a time: all their chains of tokens in a
+// row, cut into one share for each block that runs, not shorter than a chain. A block begins with the last chain of its
+// share, which may end in the next one's, and comes to the first one at last, whose beginning is then done: the block before
+// it began with that, and was launched before.
+template <typename E, typename F> __device__ void forward_shares(const Scan &p) {
+    extern __shared__ __align__(16) char bytes[];
+    int columns = p.channels / p.part * p.blocks, length = (p.length + LONGEST_TILE - 1) / LONGEST_TILE * LONGEST_TILE;
+    int64_t from = blockIdx.x * int64_t(p.share), to = min(from + p.share, int64_t(p.batch) * columns * length);
+    for (int chain = (to - 1) / length, last = from / length; chain >= last; --chain) {
+        int64_t begin = int64_t(chain) * length;
+        Place<F> at(p, columns, chain, max(from - begin, int64_t(0)), min(to - begin, int64_t(p.length)));
+        stretch<E, F>(p, *reinterpret_cast<ForwardMemory<E, F> *>(bytes), at, p.handed + chain);
+        __syncthreads();
+    }
 }
 
 #define FORWARD(E, BLOCKS)                                                                                             \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 1, 4, 4)                                             \
+    SCAN_KERNEL(selective_scan_fwd_shares, forward_shares, ForwardMemory, 4, E, 1, 4, 4)                               \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 4, E, 2, 4, 4)                                             \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, 3, E, 2, 8, 1)                                             \
     SCAN_KERNEL(selective_scan_fwd, forward, ForwardMemory, BLOCKS, E, 2, 8, 2)                                        \

@@ -120,17 +120,22 @@ template <typename E, int SPLIT, int ROWS> __device__ void step(const Scan &p) {
     }
 }
 
-// One token without a mark, states in whole vectors, B and C of the sequences' type, rows for as many blocks as there are: no
-// branch before the last load is on its way, and few arguments, since a kernel's first look at them goes to memory.
+// One token without a mark, states in whole vectors, B and C of the sequences' type, rows for as many blocks as there are,
+// places that 32 bits count. What is before the loads counts for one row as much as what is behind them: so arguments are
+// few, offsets short, and nothing that a call may lack is asked for on a condition.
 struct OneToken {
-    const void *u, *delta, *z, *b, *c; // rows of D or N elements
+    const void *u, *delta, *z, *b, *c; // rows of D or N elements; z: u where there is no gate
     void *y;
-    const float *a, *d, *bias, *initial; // [D, N], [D], [D], [B, D, N]; null where there is none
+    const float *a, *d, *bias, *initial; // [D, N], [D], [D], [B, D, N]; a where there is none
     float *state;
-    int64_t rows[6], groups[2]; // elements from row to row of u, delta, z, b, c and y; from group to group of b and c
-    int widths[2];              // channels that share a group
-    int batch, channels, states, softplus;
+    int rows[6];          // elements from row to row of u, delta, z, b, c and y
+    int initial_row;      // the same of the initial state; zero where there is none
+    int groups[2];        // elements from group to group of b and c
+    unsigned inverses[2]; // 2^31 over the channels that share a group, rounded up
+    int batch, channels, states, has;
 };
+// Bits of `has`.
+constexpr int GATE = 1, SKIP = 2, BIAS = 4, INITIAL = 8, SOFTPLUS = 16;
 template <typename E, int SPLIT, int ROWS> __device__ void step_once(const OneToken &p) {
     struct alignas(sizeof(E) * NUMBERS) Four {
         E at[NUMBERS];
@@ -139,35 +144,34 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const OneTo
     bool live = channel < p.channels && part * NUMBERS < p.states;
     channel = min(channel, p.channels - 1);
     int own = min(part * NUMBERS, p.states - NUMBERS), first = blockIdx.y * ROWS;
-    // a division takes longer than all else before the loads, and the first group needs none
-    auto group = [&](int side) {
-        return own + (channel < p.widths[side] ? 0 : channel / p.widths[side] * p.groups[side]);
-    };
-    int64_t first_b = group(0), first_c = group(1);
+    // channel / width: division itself takes longer than all else before the loads
+    auto group = [&](int side) { return int(__umulhi(2 * channel, p.inverses[side])) * p.groups[side]; };
+    int first_b = group(0) + own, first_c = group(1) + own, numbers = channel * p.states + own;
     float4 h[ROWS];
     E u[ROWS], delta[ROWS], z[ROWS];
     Four b[ROWS], c[ROWS];
-    const float *from = p.initial ? p.initial : p.a;
-    int64_t place[ROWS];
+    float4 a = *reinterpret_cast<const float4 *>(p.a + numbers);
+    float bias = p.bias[channel], skip = p.d[channel];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        int64_t row = min(first + r, p.batch - 1);
-        place[r] = (row * p.channels + channel) * p.states + own;
+        int row = ROWS == 1 ? first : min(first + r, p.batch - 1);
+        h[r] = *reinterpret_cast<const float4 *>(p.initial + (row * p.initial_row + numbers));
         delta[r] = static_cast<const E *>(p.delta)[row * p.rows[1] + channel];
-        h[r] = *reinterpret_cast<const float4 *>(from + (p.initial ? place[r] : 0));
         u[r] = static_cast<const E *>(p.u)[row * p.rows[0] + channel];
-        z[r] = p.z ? static_cast<const E *>(p.z)[row * p.rows[2] + channel] : u[r];
-        b[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.b) + row * p.rows[3] + first_b);
-        c[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.c) + row * p.rows[4] + first_c);
+        z[r] = static_cast<const E *>(p.z)[row * p.rows[2] + channel];
+        b[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.b) + (row * p.rows[3] + first_b));
+        c[r] = *reinterpret_cast<const Four *>(static_cast<const E *>(p.c) + (row * p.rows[4] + first_c));
     }
-    float4 a = *reinterpret_cast<const float4 *>(p.a + int64_t(channel) * p.states + own);
-    float bias = p.bias ? p.bias[channel] : 0.0f, skip = p.d ? p.d[channel] : 0.0f;
+    __syncwarp(); // or some of them would be asked for where they are used, behind others' arrival
+    if (!(p.has & BIAS)) bias = 0.0f;
+    if (!(p.has & SKIP)) skip = 0.0f;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        if (first + r >= p.batch) break;
+        int row = first + r;
+        if (ROWS > 1 && row >= p.batch) break;
         float dt = widen(delta[r]) + bias, x = widen(u[r]);
-        if (p.softplus) dt = softplus_for<E>(dt);
-        if (!p.initial) h[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (p.has & SOFTPLUS) dt = softplus_for<E>(dt);
+        if (!(p.has & INITIAL)) h[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float step = LOG2E * dt, input = dt * x;
         h[r].x = fmaf(exp2_fast(step * a.x), h[r].x, input * widen(b[r].at[0]));
         h[r].y = fmaf(exp2_fast(step * a.y), h[r].y, input * widen(b[r].at[1]));
@@ -180,10 +184,10 @@ template <typename E, int SPLIT, int ROWS> __device__ void step_once(const OneTo
         if (part * NUMBERS >= p.states) y = 0.0f;
 #pragma unroll
         for (int lanes = SPLIT / 2; lanes > 0; lanes /= 2) y += __shfl_xor_sync(~0u, y, lanes);
-        y = fmaf(skip, x, y) * (p.z ? silu(widen(z[r])) : 1.0f);
+        y = fmaf(skip, x, y) * (p.has & GATE ? silu(widen(z[r])) : 1.0f);
         if (!live) continue;
-        if (part == 0) static_cast<E *>(p.y)[(first + r) * p.rows[5] + channel] = narrow<E>(y);
-        *reinterpret_cast<float4 *>(p.state + place[r]) = h[r];
+        if (part == 0) static_cast<E *>(p.y)[row * p.rows[5] + channel] = narrow<E>(y);
+        *reinterpret_cast<float4 *>(p.state + (row * p.channels * p.states + numbers)) = h[r];
     }
 }
 

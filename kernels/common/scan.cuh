@@ -11,6 +11,7 @@
 constexpr int THREADS = 128;
 // Tokens of a tile at least, and between the states that forward keeps for backward.
 constexpr int KEPT = 16;
+constexpr int LONGEST_TILE = 2 * KEPT;
 constexpr int LANES = 32;
 
 // Marks of a token, as src/ops/segments.rs has them.
@@ -45,12 +46,14 @@ struct Scan {
     float *span;                         // sum of delta over the piece as far as it counts, [B, slots, D]
     float *sums;                         // shares of dB and dC, [blocks, B, L, 2N]
     float *da, *dd, *dbias;              // shares of the gradients, [B, chunks, D, N], [B, chunks, D] each
+    int *handed;                         // whether a chain's state lies in `carried`, [B, blocks of all parts], zero at first
     int batch, length, channels, states;
     int part;      // channels that share their groups of B and of C; blocks lie within one part
     int blocks;    // blocks in a part
     int chunk;     // tokens in a chunk of time, a multiple of every TILE
     int pieces;    // of a chunk, of as many whole tiles each: what the walks that chain chunks have a block for
     int slots;     // pieces that hand something on, those of all chunks but the last (first, going back), and one more
+    int share;     // tokens of a block where blocks take shares of all chains, whole longest tiles
     int softplus;
     int aligned;   // whether rows of all sequences can be read and written in 16-byte pieces
     int aligned_coefficients;
@@ -64,7 +67,7 @@ template <int PER_, int STATES_, int SPLIT_> struct Form {
     static constexpr int OWNERS = LANES / SPLIT;           // lanes of a part in a warp
     static constexpr int CHANNELS = THREADS / SPLIT * PER; // of a block
     static constexpr int WIDTH = STATES * SPLIT;           // numbers of a state, with those beyond N
-    static constexpr int TILE = PER * STATES <= 4 ? 2 * KEPT : KEPT;
+    static constexpr int TILE = PER * STATES <= 4 ? LONGEST_TILE : KEPT;
     using States = float[PER][STATES];
 };
 
@@ -81,6 +84,13 @@ template <typename F> struct Place {
         chunks = (p.length + tokens - 1) / tokens;
         begin = chunk * tokens;
         end = min(begin + tokens, p.length);
+    }
+    // Of a chain, the channels of a block in one row of all `columns`, from one token to another.
+    __device__ Place(const Scan &p, int columns, int chain, int begin, int end) : chunk(0), chunks(1), begin(begin), end(end) {
+        row = chain / columns;
+        int part = chain % columns / p.blocks, block = chain % columns % p.blocks;
+        first = part * p.part + block * F::CHANNELS;
+        count = min(F::CHANNELS, (part + 1) * p.part - first);
     }
     // The slot of the state before the chunk, or behind it, going back.
     __device__ int64_t slot(const Scan &p) const { return int64_t(row) * p.slots + chunk * p.pieces; }

@@ -92,7 +92,7 @@ fn scans() {
     let Some(device) = gpu() else { return };
     let full = case::Case::full;
     let grouped = case::Case { b: Form::Token(3), c: Form::Constant, gate: false, ..full(2, 21, 33, 12) };
-    // whole tiles, ragged ones, time in chunks, states in lanes of their own, single tokens
+    // whole tiles, ragged ones, time in chunks, states in lanes of their own, single tokens, blocks that take shares
     let cases = [
         full(1, 64, 64, 16),
         full(2, 37, 40, 5),
@@ -100,6 +100,7 @@ fn scans() {
         full(1, 20, 9, 130),
         grouped,
         full(2, 1, 40, 16),
+        full(2, 700, 5120, 16),
     ];
     for (i, case) in cases.into_iter().enumerate() {
         for dtype in [DType::F32, DType::BF16, DType::F16] {

@@ -136,6 +136,26 @@ fn whole_tiles() {
     }
 }
 
+/// Channels that some more blocks take than run at a time on 132 multiprocessors: these hand on what they leave of a chain.
+#[test]
+fn blocks_that_take_shares() {
+    let Some(device) = gpu() else { return };
+    for (i, dtype) in [DType::F32, DType::BF16, DType::F16].into_iter().enumerate() {
+        let case = Case { state: i != 1, ..Case::full(2, 777 + 16 * i, 5120, 16) };
+        let t = cast(&case.tensors(i as u64), dtype);
+        let segments = random_segments(&mut Random::new(i as u64), 2, case.length);
+        let segments = (i == 2).then_some(&segments);
+        compare(&device, &case, &t, segments, 3.0 * tolerance(dtype));
+        let there = to(&t, &device);
+        let run = || to(&case.run(&there, segments).unwrap(), &Device::Cpu);
+        let first = run();
+        for _ in 0..5 {
+            let same = run().iter().zip(&first).all(|(again, first)| bits(again) == bits(first));
+            assert!(same, "{dtype:?}: not the same in every run");
+        }
+    }
+}
+
 #[test]
 fn any_cut_gives_the_same() {
     let Some(device) = gpu() else { return };

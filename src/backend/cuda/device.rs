@@ -31,3 +31,10 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> Result<usize> {
     let bytes = device.cuda_stream().context().attribute(attribute);
     Ok(bytes.map_err(|error| failed("the shared memory of a block", error))?.max(0) as usize)
 }
+
+/// The shared memory that the blocks of a multiprocessor have together.
+pub(super) fn shared_memory_of_multiprocessor(device: &CudaDevice) -> Result<usize> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR;
+    let bytes = device.cuda_stream().context().attribute(attribute);
+    Ok(bytes.map_err(|error| failed("the shared memory of a multiprocessor", error))?.max(0) as usize)
+}

@@ -1,10 +1,11 @@
 //! The element types of kernels.
 
-use candle_core::cuda_backend::{CudaDType, cudarc::driver::DeviceRepr};
+use candle_core::cuda_backend::CudaDType;
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
 /// What a sequence may be made of on CUDA.
-pub(crate) trait Element: CudaDType + DeviceRepr + Send + Sync + 'static {
+pub(crate) trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + Send + Sync + 'static {
     /// Its name in the names of kernels.
     const NAME: &'static str;
 }

@@ -1,6 +1,7 @@
 //! Launches.
 
-use super::{Module, failed, module, shared_memory};
+use super::device::shared_memory_of_multiprocessor;
+use super::{Module, failed, module, multiprocessors};
 use crate::Result;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, DriverError, sys};
@@ -50,6 +51,19 @@ impl Launch<'_> {
         unsafe { self.put(&kernel, arguments, kernel.memory, kernel.early.then(early)) }
     }
 
+    /// The same for blocks that are few: only as many of them as share out evenly have room on a multiprocessor at a time.
+    ///
+    /// # Safety
+    /// As [`Launch::run`].
+    pub(crate) unsafe fn run_early_spread(&self, arguments: &[&dyn Argument]) -> Result<()> {
+        let kernel = module::kernel(self.device, self.module, self.kernel, self.dynamic)?;
+        let blocks = self.grid.iter().product::<usize>().div_ceil(multiprocessors(self.device)?);
+        let share = shared_memory_of_multiprocessor(self.device)? / (blocks + 1);
+        let memory = if kernel.early { kernel.memory.max(share as u32) } else { kernel.memory };
+        // SAFETY: the caller's promise.
+        unsafe { self.put(&kernel, arguments, memory, kernel.early.then(early)) }
+    }
+
     /// Puts a kernel of one struct into the stream, with `memory` bytes of shared memory a block. If its blocks wait for
     /// each other, it runs once there is room for all of them.
     ///
@@ -64,13 +78,7 @@ impl Launch<'_> {
         let kernel = module::kernel(self.device, self.module, self.kernel, false)?;
         if memory > FREE_SHARED_MEMORY {
             // all there is, since another thread may ask for more before this launch
-            let (most, own) = (
-                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
-            );
-            let own = kernel.function.get_attribute(own).map_err(|error| self.failed(error))?;
-            let all = shared_memory(self.device)? as i32 - own;
-            kernel.function.set_attribute(most, all).map_err(|error| self.failed(error))?;
+            module::allow_memory(self.device, &kernel.function)?;
         }
         // SAFETY: the caller's promise.
         unsafe { self.put(&kernel, &[&Packed(*argument)], memory as u32, together.then(all_at_once)) }

@@ -120,16 +120,24 @@ pub(super) fn kernel(device: &CudaDevice, module: Module, name: &str, dynamic: b
             own.get_global(&format!("{name}_memory"), &stream).map_err(|error| failed(name, error))?;
         let bytes = stream.clone_dtoh(&constant).map_err(|error| failed(name, error))?;
         memory = bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-        if memory as usize <= shared_memory(device)? {
-            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(most, memory as i32).map_err(|error| failed(name, error))?;
-        }
+        allow_memory(device, &function)?;
     }
     let compiled_for = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
     let compiled_for = function.get_attribute(compiled_for).map_err(|error| failed(name, error))?;
     let kernel = Kernel { function, memory, early: compiled_for >= 90 };
     loaded.kernels.insert((ordinal, name.to_string()), kernel.clone());
     Ok(kernel)
+}
+
+/// Lets a kernel's blocks ask for all the shared memory that a block may have.
+pub(super) fn allow_memory(device: &CudaDevice, function: &CudaFunction) -> Result<()> {
+    let (most, own) = (
+        sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+    );
+    let all = shared_memory(device)? as i32;
+    let allowed = function.get_attribute(own).and_then(|own| function.set_attribute(most, all - own));
+    allowed.map_err(|error| failed("the shared memory of a kernel", error))
 }
 
 /// Whether a block of a dynamic kernel gets the shared memory it asks for on this device.

@@ -1,6 +1,6 @@
 //! Tensors on CUDA as kernels see them: a pointer and strides.
 
-use super::Element;
+use super::{Element, failed};
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, StorageRef, Tensor};
@@ -108,6 +108,13 @@ impl<E: Element> Buffer<E> {
         let slice = unsafe { device.alloc::<E>(length.max(1)) };
         let wanted = || format!("asking the device for {} bytes", length * size_of::<E>());
         Ok(Self { slice: slice.map_err(|error| error.context(wanted()))? })
+    }
+
+    /// Room for `length` elements, all zero.
+    pub(crate) fn zeros(device: &CudaDevice, length: usize) -> Result<Self> {
+        let mut buffer = Self::new(device, length)?;
+        device.cuda_stream().memset_zeros(&mut buffer.slice).map_err(|error| failed("zeros", error))?;
+        Ok(buffer)
     }
 
     /// Where its first element lies.

@@ -1,6 +1,6 @@
 //! The arguments of the kernels, laid out as `scan.cuh` has them, and their launches.
 
-use super::plan::{Plan, THREADS};
+use super::plan::{Plan, Shares, THREADS};
 use crate::backend::cuda::{Argument, Element, Guards, Held, Launch, Module, Packed};
 use crate::ops::selective_scan::{SelectiveScan, Sizes};
 use crate::{Error, Result};
@@ -55,6 +55,7 @@ pub(super) struct Scan {
     pub(super) da: u64,
     pub(super) dd: u64,
     pub(super) dbias: u64,
+    pub(super) handed: u64,
     batch: i32,
     length: i32,
     channels: i32,
@@ -64,11 +65,15 @@ pub(super) struct Scan {
     chunk: i32,
     pieces: i32,
     slots: i32,
+    share: i32,
     softplus: i32,
     aligned: i32,
     aligned_coefficients: i32,
     pub(super) ungated: u64,
 }
+
+/// Elements that are counted in 32 bits.
+const MOST: i64 = i32::MAX as i64;
 
 /// `struct OneToken` of `selective_scan_step.cu`.
 #[repr(C)]
@@ -80,13 +85,14 @@ pub(super) struct OneToken {
     bias: u64,
     initial: u64,
     state: u64,
-    rows: [i64; 6],
-    groups: [i64; 2],
-    widths: [i32; 2],
+    rows: [i32; 6],
+    initial_row: i32,
+    groups: [i32; 2],
+    inverses: [u32; 2],
     batch: i32,
     channels: i32,
     states: i32,
-    softplus: i32,
+    has: i32,
 }
 
 impl Scan {
@@ -100,20 +106,33 @@ impl Scan {
             && alike(&self.b)
             && alike(&self.c);
         let Self { u, delta, z, b, c, y, a, d, bias, initial, state, .. } = *self;
-        takes.then_some(OneToken {
-            data: [u.data, delta.data, z.data, b.data, c.data, y.data],
+        let (batch, channels, states) = (self.batch as i64, self.channels as i64, self.states as i64);
+        // what is counted in 32 bits
+        let sequences = [u, delta, z, y].iter().all(|side| batch * side.row + channels <= MOST);
+        let coefficients = [&b, &c].iter().all(|side| {
+            let width = side.width as i64;
+            batch * side.row + channels / width * side.group + states <= MOST && channels * width <= MOST
+        });
+        let counted = sequences && coefficients && batch * channels * states <= MOST;
+        let or = |data: u64, other: u64| if data == 0 { other } else { data };
+        let gates = if z.data == 0 { u } else { z };
+        let has = [z.data, d, bias, initial, self.softplus as u64];
+        let inverse = |side: Coefficient| (1u32 << 31).div_ceil(side.width as u32);
+        (takes && counted).then_some(OneToken {
+            data: [u.data, delta.data, gates.data, b.data, c.data, y.data],
             a,
-            d,
-            bias,
-            initial,
+            d: or(d, a),
+            bias: or(bias, a),
+            initial: or(initial, a),
             state,
-            rows: [u.row, delta.row, z.row, b.row, c.row, y.row],
-            groups: [b.group, c.group],
-            widths: [b.width, c.width],
+            rows: [u.row, delta.row, gates.row, b.row, c.row, y.row].map(|row| row as i32),
+            initial_row: if initial == 0 { 0 } else { (channels * states) as i32 },
+            groups: [b.group, c.group].map(|group| group as i32),
+            inverses: [inverse(b), inverse(c)],
             batch: self.batch,
             channels: self.channels,
             states: self.states,
-            softplus: self.softplus,
+            has: has.iter().enumerate().map(|(bit, &there)| ((there != 0) as i32) << bit).sum(),
         })
     }
 }
@@ -208,6 +227,7 @@ impl<'a> Locks<'a> {
             chunk: plan.chunk as i32,
             pieces: plan.pieces as i32,
             slots: plan.slots() as i32,
+            share: plan.shares.map_or(0, |shares| shares.tokens) as i32,
             softplus: softplus as i32,
             aligned: aligned as i32,
             aligned_coefficients: aligned_coefficients as i32,
@@ -247,6 +267,20 @@ impl Launcher<'_> {
         unsafe { self.launch(module, &kernel, grid, true).run(&[&Packed(scan)]) }
     }
 
+    /// The scan itself.
+    ///
+    /// # Safety
+    /// As [`Launcher::scan`].
+    pub(super) unsafe fn forward<E: Element>(&self, scan: Scan) -> Result<()> {
+        let (name, grid) = match self.plan.shares {
+            Some(Shares { blocks, .. }) => ("selective_scan_fwd_shares", [blocks, 1, 1]),
+            None => ("selective_scan_fwd", [self.plan.columns(), self.sizes.batch, self.plan.chunks]),
+        };
+        let kernel = format!("{name}_{}_{}", E::NAME, self.plan.kernel());
+        // SAFETY: the kernel takes one `Scan`; the caller vouches for what it points at.
+        unsafe { self.launch(Module::ScanForward, &kernel, grid, true).run_early_spread(&[&Packed(scan)]) }
+    }
+
     /// From what the pieces hand on to what they begin with, `initial` before the first (behind the last, going back).
     ///
     /// # Safety
@@ -268,6 +302,15 @@ impl Launcher<'_> {
         ];
         // SAFETY: the kernel's arguments in order; the caller vouches for the pointers.
         unsafe { self.plain(Module::ScanCarry, "selective_scan_carry", grid, &arguments) }
+    }
+
+    /// A kernel of `selective_scan_step.cu`.
+    ///
+    /// # Safety
+    /// As [`Launch::run`].
+    pub(super) unsafe fn step(&self, kernel: &str, grid: [usize; 3], argument: &dyn Argument) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(Module::ScanStep, kernel, grid, false).run_early(&[argument]) }
     }
 
     /// A kernel that asks for no shared memory at launch.

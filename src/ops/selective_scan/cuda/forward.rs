@@ -31,20 +31,26 @@ pub(super) fn forward<E: Element>(
     let device = &device_of(&prepared.u)?;
     let stream = device.cuda_stream();
     let numbers = batch * channels * states;
+    let wide = |length| Buffer::<f32>::new(device, length);
     let mut y = Buffer::<E>::new(device, batch * length * channels)?;
-    let mut state = Buffer::<f32>::new(device, numbers)?;
+    let mut state = wide(numbers)?;
     let mut kept = match keep {
-        true => Some(Buffer::<f32>::new(device, numbers * length.div_ceil(KEPT))?),
+        true => Some(wide(numbers * length.div_ceil(KEPT))?),
         false => None,
     };
     let mut ungated = match keep && prepared.z.is_some() {
         true => Some(Buffer::<E>::new(device, batch * length * channels)?),
         false => None,
     };
-    let cut = plan.chunks > 1;
     let slots = plan.slots();
-    let mut carried = Buffer::<f32>::new(device, if cut { numbers * slots } else { 1 })?;
-    let mut span = Buffer::<f32>::new(device, if cut { batch * slots * channels } else { 1 })?;
+    let mut between = match plan.chunks > 1 {
+        true => Some((wide(numbers * slots)?, wide(batch * slots * channels)?)),
+        false => None,
+    };
+    let mut handed = match plan.shares {
+        Some(_) => Some((wide(numbers)?, Buffer::<f32>::zeros(device, batch * plan.columns())?)),
+        None => None,
+    };
     let locks = Locks::new(&prepared.args(), prepared.marks.as_ref(), None);
     {
         let guards = &mut Guards::default();
@@ -61,19 +67,21 @@ pub(super) fn forward<E: Element>(
                 let kernel = |once: &str| format!("selective_scan_step_{once}{}_{split}_{rows}", E::NAME);
                 let grid = [columns, turns, 1];
                 match scan.one_token::<E>().filter(|_| turns * rows >= batch) {
-                    Some(token) => {
-                        launch.plain(Module::ScanStep, &kernel("once_"), grid, &[&Packed(token)])?
-                    }
-                    None => launch.plain(Module::ScanStep, &kernel(""), grid, &[&Packed(scan)])?,
+                    Some(token) => launch.step(&kernel("once_"), grid, &Packed(token))?,
+                    None => launch.step(&kernel(""), grid, &Packed(scan))?,
                 }
             } else {
-                if cut {
+                if let Some((carried, span)) = &mut between {
                     scan.carried = carried.pointer(&stream, guards);
                     scan.span = span.pointer(&stream, guards);
                     launch.scan::<E>(Module::ScanCarry, "selective_scan_summary", scan, slots - 1)?;
                     launch.carry(&scan, scan.initial, false)?;
                 }
-                launch.scan::<E>(Module::ScanForward, "selective_scan_fwd", scan, plan.chunks)?;
+                if let Some((carried, handed)) = &mut handed {
+                    scan.carried = carried.pointer(&stream, guards);
+                    scan.handed = handed.pointer(&stream, guards);
+                }
+                launch.forward::<E>(scan)?;
             }
         }
     }

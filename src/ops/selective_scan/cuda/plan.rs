@@ -77,6 +77,8 @@ struct Candidate {
     wait: f64,
     resident: usize,
     summary: f64,
+    /// Whether there is a kernel of it whose blocks take shares of all chains.
+    shares: bool,
 }
 
 impl Candidate {
@@ -95,6 +97,8 @@ impl Candidate {
 /// numbers), and what the launches cost.
 const SUMMARY_TOKENS: usize = 4096;
 const SUMMARY_LAUNCHES: f64 = 5_000.0;
+/// What it costs that blocks hand on what they leave of a chain.
+const SHARES_LAUNCHES: f64 = 4_000.0;
 /// The first walk beside the second.
 const FORWARD_SUMMARY: f64 = 0.9;
 const BACKWARD_SUMMARY: f64 = 0.27;
@@ -122,7 +126,7 @@ impl Pass {
         let holding = |per, own, each: f64, wait, summary| {
             let form = Form::holding(per, own, states)?;
             let work = each * (THREADS * per * own) as f64;
-            Some(Candidate { form, work, wait, resident: RESIDENT, summary })
+            Some(Candidate { form, work, wait, resident: RESIDENT, summary, shares: false })
         };
         let wide = holding(2, 8, FORWARD_WORK, 64.0, FORWARD_SUMMARY);
         let all = match self {
@@ -134,7 +138,14 @@ impl Pass {
             Self::Aligned if (9..=16).contains(&states) => {
                 let few = |per, work, wait| {
                     let form = Form { per, states: 4, split: 4 };
-                    Some(Candidate { form, work, wait, resident: FEW_RESIDENT, summary: FORWARD_SUMMARY })
+                    Some(Candidate {
+                        form,
+                        work,
+                        wait,
+                        resident: FEW_RESIDENT,
+                        summary: FORWARD_SUMMARY,
+                        shares: per == 1,
+                    })
                 };
                 [few(1, 27.5, 15.0), few(2, 51.5, 50.0), wide]
             }
@@ -142,6 +153,15 @@ impl Pass {
         };
         all.into_iter().flatten().collect()
     }
+}
+
+/// How blocks share out all chains of tokens, of a block's channels in one row each, where there are some more chains than
+/// blocks run at a time: see `forward_shares` in `selective_scan_fwd.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shares {
+    pub(super) blocks: usize,
+    /// Of each block, not less than of a chain.
+    pub(super) tokens: usize,
 }
 
 /// The layout of one call.
@@ -158,6 +178,8 @@ pub(super) struct Plan {
     pub(super) chunks: usize,
     /// Pieces of a chunk, which the first walk goes through side by side.
     pub(super) pieces: usize,
+    /// Where blocks are not one for each chunk; there is one chunk then.
+    pub(super) shares: Option<Shares>,
 }
 
 impl Plan {
@@ -177,6 +199,21 @@ impl Plan {
             let form = candidate.form;
             let blocks = part.div_ceil(form.channels());
             let all = blocks * parts * batch;
+            let mut offer = |cost: f64, cut: Plan| {
+                if best.is_none_or(|(least, _)| cost < least) {
+                    best = Some((cost, cut));
+                }
+            };
+            let whole =
+                Self { form, part, parts, blocks, chunk: tiles * TILE, chunks: 1, pieces: 1, shares: None };
+            for resident in 1..candidate.resident {
+                let blocks = resident * multiprocessors;
+                let tokens = (all * tiles).div_ceil(blocks) * TILE;
+                if candidate.shares && all > blocks && tokens <= MOST_TOKENS {
+                    let cost = candidate.token(resident) * tokens as f64 + SHARES_LAUNCHES;
+                    offer(cost, Self { shares: Some(Shares { blocks, tokens }), ..whole });
+                }
+            }
             // more chunks than fill the device several times over gain nothing
             for chunks in 1..=most.min(16 * multiprocessors / all + 1) {
                 let tiles = tiles.div_ceil(chunks);
@@ -199,9 +236,7 @@ impl Plan {
                         * piece.min(SUMMARY_TOKENS) as f64
                         + SUMMARY_LAUNCHES;
                 }
-                if best.is_none_or(|(least, _)| cost < least) {
-                    best = Some((cost, Self { form, part, parts, blocks, chunk, chunks, pieces }));
-                }
+                offer(cost, Self { chunk, chunks, pieces, ..whole });
             }
         }
         best.map(|(_, plan)| plan)
@@ -307,6 +342,23 @@ mod tests {
         assert_eq!(chunks(8, 2048, 1536), 1);
         assert!(chunks(1, 262_144, 1536) > 8);
         assert_eq!(chunks(1, 100, 16), 1);
+    }
+
+    #[test]
+    fn blocks_that_would_not_share_out_evenly_take_shares() {
+        let shares = |batch, length, channels, pass| {
+            Plan::new(&sizes(batch, length, channels, 16), pass, H100).and_then(|plan| plan.shares)
+        };
+        // 320 chains of 256 tiles
+        let tokens = (320usize * 256).div_ceil(264) * TILE;
+        assert_eq!(shares(2, 8192, 5120, Pass::Aligned), Some(Shares { blocks: 264, tokens }));
+        assert_eq!(shares(2, 8192, 5120, Pass::Forward), None);
+        assert_eq!(shares(2, 8192, 5120, Pass::Backward), None);
+        for (batch, length, channels) in
+            [(8, 2048, 1536), (8, 2048, 4096), (64, 200, 1536), (1, 65_536, 5120)]
+        {
+            assert_eq!(shares(batch, length, channels, Pass::Aligned), None);
+        }
     }
 
     #[test]
