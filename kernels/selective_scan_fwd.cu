@@ -4,19 +4,20 @@
 // asynchronous copies one tile ahead; delta, delta u, B and C widened to f32 in shared memory; then every lane walks the
 // tokens with its numbers of the state in registers; then skip weight, gate and store.
 //
-// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 46 KB, 109 registers, 4 blocks a
+// With N = 16, bf16: one channel by four numbers in a lane (32 channels a block, 46 KB, 96 registers, 4 blocks a
 // multiprocessor), two by four (64, 42 KB, 117, 4) or two by eight (128, 37 KB, 117, 4); no spills.
 // Bytes: u, delta, z, B, C read once, y written once; for training 4 N bytes a channel and KEPT tokens of states, and y
 // before the gate.
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
 // that of memory (8 B D L bytes in bf16 at 3.02 TB/s). Softplus and gate add 3 to the 16, and the clock is 1.7 GHz, not
 // 1.98, while these run: 1.36 of that floor is what the special functions allow.
-// bf16, ms (share of the floor): one H200 130m 0.178 (54%), 1.4b 0.430 (60%), 2.8b-8k 0.694 (46%), short 0.132 (57%); one H100
-// 2.8b-64k 2.82 (45%), 130m-256k 3.11 (50%; 8 rows of 32768 tokens 2.83).
+// bf16, ms (share of the floor), one H200: 130m 0.176 (55%), 1.4b 0.430 (60%), 2.8b-8k 0.620 (52%), 2.8b-64k 2.74 (47%), short
+// 0.130 (58%), 130m-256k 3.06 (50%; 8 rows of 32768 tokens 2.76).
 // ncu, 130m: one by four 9.0 instructions a number of the state, 6.2 of them in the walk; IPC 2.6, shared memory 78% busy, DRAM
 // 22%. Issue slots and special functions are two thirds busy, with 11 warps: latencies bind, and shared memory nearly does.
 // Whole tiles ask no questions for that reason: half of the instructions outside the walk were addresses, bounds and branches.
-// Where channels are few (2.8b-8k) whole blocks do not share out evenly, and cutting time would cost a second walk.
+// 320 blocks (2.8b-8k) are two for a multiprocessor and three for some: in shares for two each 0.618 instead of 0.695 ms.
+// Registers and prologues of the shares' loop cost the others a hundredth or two: it is a kernel of its own.
 // Tried and slower: sums over the states by the tensor cores in tf32 (9.4 instructions for 11, but 8% more time, waiting
 // for products and for bursts of exponentials); one exponential of eight by an FMA polynomial (3%); walking in some warps
 // while others prepare and finish (17% more instructions). Four tokens ahead instead of two, or bias and skip weight in

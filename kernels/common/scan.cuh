@@ -18,8 +18,11 @@ constexpr int LANES = 32;
 constexpr uint8_t START = 1;
 constexpr uint8_t PAD = 2;
 
-// A carried state whose weight has fallen to 2^-NEGLIGIBLE counts as forgotten: f32 keeps 24 bits, sequences of 16 bits 11.
-template <typename E> constexpr float NEGLIGIBLE = sizeof(E) == 4 ? 26.0f : 20.0f;
+// A carried state whose weight has fallen to 2^-NEGLIGIBLE counts as forgotten: what f32 keeps and two bits more, what f16
+// (11) and bf16 (8) keep and nine more.
+template <typename E> constexpr float NEGLIGIBLE = 26.0f;
+template <> constexpr float NEGLIGIBLE<f16> = 20.0f;
+template <> constexpr float NEGLIGIBLE<bf16> = 17.0f;
 
 // A [B, L, D] tensor; steps in elements.
 struct Sequence {

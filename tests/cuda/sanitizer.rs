@@ -104,7 +104,7 @@ fn scans() {
     ];
     for (i, case) in cases.into_iter().enumerate() {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
-            let t = cast(&case.tensors(i as u64), dtype);
+            let t = crate::case::cast(&case.tensors(i as u64), dtype);
             let used: Vec<Tensor> = case.differentiable().iter().map(|&i| t[i].clone()).collect();
             let segments = random_segments(&mut Random::new(5), case.batch, case.length);
             let other = to(&device, &t);

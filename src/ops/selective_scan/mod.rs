@@ -19,6 +19,7 @@ mod cuda;
 #[expect(dead_code, reason = "its callers need CUDA")]
 mod cuda {
     mod plan;
+    mod step;
 }
 mod grad;
 mod plan;

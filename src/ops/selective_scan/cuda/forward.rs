@@ -1,7 +1,8 @@
 //! The forward pass.
 
 use super::call::{Launcher, Locks, contiguous};
-use super::plan::{KEPT, Step, step};
+use super::plan::KEPT;
+use super::step::{Step, step};
 use super::{Plans, Prepared, name};
 use crate::Result;
 use crate::backend::cuda::{Buffer, Element, Guards, Module, Packed, device_of};

@@ -3,12 +3,14 @@
 //!
 //! A chunk that does not begin the sequence needs the state before it: a first walk gives what every chunk hands on from
 //! a state of zero (cheap where decays soon make the past negligible), a small kernel chains these, and the chunks then
-//! run side by side. Backward likewise, in the other direction, from the states before every tile that forward kept.
+//! run side by side. Backward likewise, in the other direction, from the states before every tile that forward kept. Where
+//! channels do fill the device, but not evenly, blocks take equal shares of all tokens and hand states on to each other.
 
 mod call;
 mod forward;
 mod grad;
 mod plan;
+mod step;
 
 use super::{SelectiveScan, Sizes};
 use crate::backend::cuda::{
@@ -92,7 +94,7 @@ impl Plans {
         let count = multiprocessors(device)?;
         let plan = |pass| Plan::new(&sizes, pass, count);
         let (Some(aligned), Some(forward), Some(backward)) =
-            (plan(Pass::Aligned), plan(Pass::Forward), plan(Pass::Backward))
+            (plan(Pass::Aligned(sequence.size_in_bytes())), plan(Pass::Forward), plan(Pass::Backward))
         else {
             return Ok(None);
         };

@@ -10,38 +10,11 @@ const TILE: usize = 2 * KEPT;
 /// A chunk has at least as many tiles.
 const CHUNK_TILES: usize = 4;
 /// Bounds of a grid, and of the integers that kernels count tokens with.
-const MOST_BLOCKS: usize = 65_535;
+pub(super) const MOST_BLOCKS: usize = 65_535;
 const MOST_TOKENS: usize = (1 << 31) - 2 * TILE;
 
-/// Up to so many tokens go through the kernel of single steps, with so many numbers of a state in a lane.
-const STEP_TOKENS: usize = 4;
-const STEP_STATES: usize = 4;
 /// Lanes that one state may be spread over.
-const SPLITS: [usize; 6] = [1, 2, 4, 8, 16, 32];
-
-/// Rows that a lane of a step takes at a time, where as many blocks are left.
-const STEP_ROWS: usize = 4;
-const STEP_BLOCKS: usize = 1024;
-
-/// The layout of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Step {
-    /// Lanes that a state is spread over.
-    pub(super) split: usize,
-    /// Rows that a lane takes at a time.
-    pub(super) rows: usize,
-    /// Blocks of channels and of rows.
-    pub(super) blocks: [usize; 2],
-}
-
-/// How a call goes through the kernel of single steps; `None` where the scan's own kernel is better or the state too wide.
-pub(super) fn step(sizes: &Sizes) -> Option<Step> {
-    let split = SPLITS.into_iter().find(|split| split * STEP_STATES >= sizes.states)?;
-    let columns = sizes.channels.div_ceil(THREADS / split);
-    let rows = if columns * sizes.batch.div_ceil(STEP_ROWS) >= STEP_BLOCKS { STEP_ROWS } else { 1 };
-    let blocks = [columns, sizes.batch.div_ceil(rows).min(MOST_BLOCKS)];
-    (sizes.length <= STEP_TOKENS).then_some(Step { split, rows, blocks })
-}
+pub(super) const SPLITS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
 /// How the numbers of a state lie in lanes: `Form` of `scan.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,8 +87,8 @@ const RESIDENT: usize = 3;
 /// What a plan is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pass {
-    /// The scan of sequences that are read in whole vectors.
-    Aligned,
+    /// The scan of sequences that are read in whole vectors, of elements of so many bytes.
+    Aligned(usize),
     /// The scan of any sequences.
     Forward,
     Backward,
@@ -135,21 +108,22 @@ impl Pass {
                 [back(2, 4).or_else(|| back(1, 8)), None, None]
             }
             // the kernels with few numbers in a lane are made for the states of Mamba
-            Self::Aligned if (9..=16).contains(&states) => {
+            Self::Aligned(bytes) if (9..=16).contains(&states) => {
                 let few = |per, work, wait| {
                     let form = Form { per, states: 4, split: 4 };
                     Some(Candidate {
                         form,
                         work,
                         wait,
-                        resident: FEW_RESIDENT,
+                        // of f32 there is no room for more
+                        resident: if bytes == 4 && per == 1 { RESIDENT } else { FEW_RESIDENT },
                         summary: FORWARD_SUMMARY,
                         shares: per == 1,
                     })
                 };
                 [few(1, 27.5, 15.0), few(2, 51.5, 50.0), wide]
             }
-            Self::Aligned | Self::Forward => [wide, None, None],
+            Self::Aligned(_) | Self::Forward => [wide, None, None],
         };
         all.into_iter().flatten().collect()
     }
@@ -268,6 +242,7 @@ mod tests {
     use super::*;
 
     const H100: usize = 132;
+    const ALIGNED: Pass = Pass::Aligned(2);
 
     fn sizes(batch: usize, length: usize, channels: usize, states: usize) -> Sizes {
         Sizes { batch, length, channels, states, groups: [Some(1), Some(1)] }
@@ -291,7 +266,7 @@ mod tests {
             assert_eq!(kernel(Pass::Forward), forward, "{states}");
             assert_eq!(kernel(Pass::Backward), backward, "{states}");
         }
-        for pass in [Pass::Aligned, Pass::Forward, Pass::Backward] {
+        for pass in [ALIGNED, Pass::Forward, Pass::Backward] {
             assert_eq!(Plan::new(&sizes(1, 10, 64, 257), pass, H100), None);
         }
     }
@@ -299,7 +274,7 @@ mod tests {
     #[test]
     fn few_channels_take_many_lanes_and_many_channels_few() {
         let kernel = |batch, length, channels| {
-            Plan::new(&sizes(batch, length, channels, 16), Pass::Aligned, H100).map(|plan| plan.kernel())
+            Plan::new(&sizes(batch, length, channels, 16), ALIGNED, H100).map(|plan| plan.kernel())
         };
         assert_eq!(kernel(8, 2048, 1536).as_deref(), Some("1x4x4"));
         assert_eq!(kernel(8, 2048, 4096).as_deref(), Some("2x4x4"));
@@ -309,21 +284,13 @@ mod tests {
 
     #[test]
     fn blocks_beyond_those_that_run_at_a_time_wait_for_them() {
-        for pass in [Pass::Aligned, Pass::Forward, Pass::Backward] {
+        for pass in [ALIGNED, Pass::Forward, Pass::Backward] {
             for candidate in pass.candidates(16) {
                 let (all, one) = (candidate.token(candidate.resident), candidate.token(1));
                 assert_eq!(candidate.token(2 * candidate.resident + 1), 2.0 * all + one);
                 assert!(all < candidate.resident as f64 * one);
             }
         }
-    }
-
-    #[test]
-    fn a_step_is_short() {
-        assert_eq!(step(&sizes(8, 1, 1536, 16)), Some(Step { split: 4, rows: 1, blocks: [48, 8] }));
-        assert_eq!(step(&sizes(512, 1, 5120, 16)), Some(Step { split: 4, rows: 4, blocks: [160, 128] }));
-        assert_eq!(step(&sizes(8, 5, 1536, 16)), None);
-        assert_eq!(step(&sizes(8, 1, 1536, 129)), None);
     }
 
     #[test]
@@ -336,12 +303,17 @@ mod tests {
     #[test]
     fn time_is_cut_where_channels_do_not_fill_the_device() {
         let chunks = |batch, length, channels| {
-            Plan::new(&sizes(batch, length, channels, 16), Pass::Aligned, H100).map_or(0, |plan| plan.chunks)
+            Plan::new(&sizes(batch, length, channels, 16), ALIGNED, H100).map_or(0, |plan| plan.chunks)
         };
         assert_eq!(chunks(64, 200, 1536), 1);
         assert_eq!(chunks(8, 2048, 1536), 1);
         assert!(chunks(1, 262_144, 1536) > 8);
         assert_eq!(chunks(1, 100, 16), 1);
+        // as many as run at a time
+        for (bytes, blocks) in [(2, 528), (4, 384)] {
+            let plan = Plan::new(&sizes(1, 262_144, 1536, 16), Pass::Aligned(bytes), H100);
+            assert_eq!(plan.map(|plan| plan.chunks * plan.columns()), Some(blocks));
+        }
     }
 
     #[test]
@@ -351,13 +323,14 @@ mod tests {
         };
         // 320 chains of 256 tiles
         let tokens = (320usize * 256).div_ceil(264) * TILE;
-        assert_eq!(shares(2, 8192, 5120, Pass::Aligned), Some(Shares { blocks: 264, tokens }));
+        assert_eq!(shares(2, 8192, 5120, ALIGNED), Some(Shares { blocks: 264, tokens }));
+        assert_eq!(shares(2, 8192, 5120, Pass::Aligned(4)), Some(Shares { blocks: 264, tokens }));
         assert_eq!(shares(2, 8192, 5120, Pass::Forward), None);
         assert_eq!(shares(2, 8192, 5120, Pass::Backward), None);
         for (batch, length, channels) in
             [(8, 2048, 1536), (8, 2048, 4096), (64, 200, 1536), (1, 65_536, 5120)]
         {
-            assert_eq!(shares(batch, length, channels, Pass::Aligned), None);
+            assert_eq!(shares(batch, length, channels, ALIGNED), None);
         }
     }
 
@@ -378,7 +351,7 @@ mod tests {
         for (length, groups) in [(1, [Some(1), Some(1)]), (531, [Some(2), Some(3)]), (9000, [None, Some(4)])]
         {
             let sizes = Sizes { batch: 2, length, channels: 48, states: 16, groups };
-            for pass in [Pass::Aligned, Pass::Forward, Pass::Backward] {
+            for pass in [ALIGNED, Pass::Forward, Pass::Backward] {
                 let Some(plan) = Plan::new(&sizes, pass, H100) else { panic!("no plan for {sizes:?}") };
                 assert!(plan.chunk % TILE == 0 && plan.chunks * plan.chunk >= length);
                 assert!((plan.chunks - 1) * plan.chunk < length);
