@@ -11,8 +11,8 @@
 // Floor on an H100: the N exponentials of a channel and token, 16 a clock and multiprocessor (B D L N / 4.18e12 s), above
 // that of memory (8 B D L bytes in bf16 at 3.02 TB/s). Softplus and gate add 3 to the 16, and the clock is 1.7 GHz, not
 // 1.98, while these run: 1.36 of that floor is what the special functions allow.
-// bf16, ms (share of the floor), one H200: 130m 0.176 (55%), 1.4b 0.430 (60%), 2.8b-8k 0.620 (52%), 2.8b-64k 2.74 (47%), short
-// 0.130 (58%), 130m-256k 3.06 (50%; 8 rows of 32768 tokens 2.76).
+// bf16, ms (share of the floor), one H200: 130m 0.177 (54%), 1.4b 0.432 (59%), 2.8b-8k 0.625 (51%), 2.8b-64k 2.68 (48%), short
+// 0.130 (58%), 130m-256k 3.02 (51%; 8 rows of 32768 tokens 2.77).
 // ncu, 130m: one by four 9.0 instructions a number of the state, 6.2 of them in the walk; IPC 2.6, shared memory 78% busy, DRAM
 // 22%. Issue slots and special functions are two thirds busy, with 11 warps: latencies bind, and shared memory nearly does.
 // Whole tiles ask no questions for that reason: half of the instructions outside the walk were addresses, bounds and branches.

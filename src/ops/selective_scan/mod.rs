@@ -16,7 +16,6 @@ mod cpu;
 mod cuda;
 // What needs no CUDA of it, for its tests where there is none.
 #[cfg(all(test, not(feature = "cuda")))]
-#[expect(dead_code, reason = "its callers need CUDA")]
 mod cuda {
     mod plan;
     mod step;
